@@ -1,0 +1,64 @@
+# Two commands: `make demo` and `make test`. Both make the virtual environment that they need.
+#
+#   PYTHON=python3.12          another interpreter (3.11 or newer)
+#   VENV=/path/to/venv         another place for the environment
+#   JAX_FLASHMLA_CUDA=on|off   build the CUDA kernels or not; default: where there is an NVIDIA GPU
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+NATIVE_SOURCES := $(shell find cuda -name '*.cu*' -o -name '*.cc' -o -name '*.h')
+SETUP := pyproject.toml CMakeLists.txt $(wildcard tools/*.py) $(NATIVE_SOURCES)
+
+.PHONY: demo test lint format wheel bench tables clean
+
+demo: $(VENV)/ready
+	@$(RUN) examples/decode_loop.py
+
+test: $(VENV)/ready
+	@$(RUN) -m pytest
+
+lint: $(VENV)/ready-to-lint
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/clang-format --dry-run -Werror $(NATIVE_SOURCES)
+	@$(RUN) -m benchmarks.tables --check
+
+format: $(VENV)/ready-to-lint
+	@$(VENV)/bin/ruff check --fix .
+	@$(VENV)/bin/ruff format .
+	@$(VENV)/bin/clang-format -i $(NATIVE_SOURCES)
+
+# A wheel with the kernels, for the interpreter PYTHON, in dist/.
+wheel: build/wheel-venv-$(subst /,-,$(PYTHON))/ready
+	@mkdir -p dist
+	@JAX_FLASHMLA_CUDA=on $(dir $<)bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+# What this machine can measure; the JSON goes to benchmarks/results/.
+bench: $(VENV)/ready
+	@$(RUN) -m benchmarks.xla_decode
+	-@$(RUN) -m benchmarks.planner
+
+# The tables in README.md, from the JSON.
+tables: $(VENV)/ready
+	@$(RUN) -m benchmarks.tables
+
+clean:
+	rm -rf $(VENV) build dist
+
+$(VENV)/ready: $(SETUP)
+	@command -v $(PYTHON) >/dev/null || { echo "jax_flashmla: Python 3.11 or newer is needed, \
+	and there is no '$(PYTHON)': install it, or run make with PYTHON=/path/to/python3." >&2; exit 1; }
+	@$(PYTHON) tools/setup_env.py $(VENV) demo,test
+	@touch $@
+
+$(VENV)/ready-to-lint: $(VENV)/ready
+	@$(RUN) -m pip install --quiet --disable-pip-version-check $$($(RUN) -c \
+	  'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["lint"])')
+	@touch $@
+
+build/wheel-venv-%/ready:
+	@$(PYTHON) -m venv $(dir $@)
+	@$(dir $@)bin/python -m pip install --quiet --upgrade 'pip>=25'
+	@touch $@

@@ -1,0 +1,1 @@
+"""Measurements: each program checks correctness, times, prints a table and writes JSON."""

@@ -1,0 +1,136 @@
+#include "cuda/block_scan.cuh"
+#include "cuda/plan.h"
+
+namespace jax_flashmla {
+namespace {
+
+// A sequence on the line of all work: `overhead` units, then one unit per block; 1 unit if empty.
+struct Interval {
+  int start;
+  int blocks;
+  int extent;
+};
+
+// Where a cut falls: before block `block` of sequence `seq`, which starts its split `split`.
+struct Position {
+  int seq;
+  int block;
+  int split;
+};
+
+__device__ __forceinline__ Interval interval_at(const PlanParams& p, const int32_t* seqlens,
+                                                int seq, int start) {
+  const int length = max(seqlens[seq], 0);
+  // No `length + 63`, which overflows for lengths near 2^31.
+  const int blocks = min(length / kBlockTokens + (length % kBlockTokens > 0 ? 1 : 0), p.max_blocks);
+  return {start, blocks, blocks > 0 ? blocks + p.overhead_blocks : 1};
+}
+
+// The first and last point at which a cut leaves `min_split_blocks` of the sequence on both sides.
+__device__ __forceinline__ int first_inner_point(const PlanParams& p, const Interval& s) {
+  return s.start + p.overhead_blocks + p.min_split_blocks;
+}
+__device__ __forceinline__ int last_inner_point(const PlanParams& p, const Interval& s) {
+  return s.start + p.overhead_blocks + s.blocks - p.min_split_blocks;
+}
+
+__device__ __forceinline__ int count_splits(const PlanParams& p, const Interval& s,
+                                            int part_length) {
+  const int first = first_inner_point(p, s);
+  const int last = last_inner_point(p, s);
+  return last < first ? 1 : 1 + last / part_length - (first - 1) / part_length;
+}
+
+// Finds the sequence that cut number `cut` falls into, and moves the cut off its ends.
+// `chunk_starts[i]`: where the line of thread i's sequences starts, `per_thread` sequences each.
+template <int kThreads>
+__device__ Position locate_cut(const PlanParams& p, const int32_t* seqlens, const int* chunk_starts,
+                               int per_thread, int total, int part_length, int cut) {
+  const int x = cut * part_length;
+  if (x >= total) return {p.batch, 0, 0};
+  int chunk = 0;  // the last one that starts at or before x
+#pragma unroll
+  for (int step = kThreads / 2; step > 0; step /= 2) {
+    if (chunk_starts[chunk + step] <= x) chunk += step;
+  }
+  int seq = chunk * per_thread;
+  Interval s = interval_at(p, seqlens, seq, chunk_starts[chunk]);
+  while (s.start + s.extent <= x) {
+    ++seq;
+    s = interval_at(p, seqlens, seq, s.start + s.extent);
+  }
+  const int block = x - s.start - p.overhead_blocks;
+  if (s.blocks == 0 || block < min(p.min_split_blocks, (s.blocks + 1) / 2)) return {seq, 0, 0};
+  const int first = first_inner_point(p, s);
+  if (x < first || x > last_inner_point(p, s)) return {seq + 1, 0, 0};
+  return {seq, block, cut - (first - 1) / part_length};
+}
+
+// One thread block per group; thread t owns `per_thread` consecutive sequences.
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads) plan_kernel(PlanParams p) {
+  __shared__ int chunk_starts[kThreads];
+  __shared__ int scan_scratch[kThreads / 32];
+
+  const int thread = threadIdx.x;
+  const int64_t group = blockIdx.x;
+  const int32_t* seqlens = p.cache_seqlens + group * p.batch;
+  int32_t* num_splits = p.num_splits + group * (p.batch + 1);
+  int4* metadata =
+      reinterpret_cast<int4*>(p.tile_scheduler_metadata + group * p.num_parts * kMetadataColumns);
+
+  const int per_thread = (p.batch + kThreads - 1) / kThreads;
+  const int first_seq = min(thread * per_thread, p.batch);
+  const int last_seq = min(first_seq + per_thread, p.batch);
+
+  int extent = 0;
+  for (int seq = first_seq; seq < last_seq; ++seq) {
+    extent += interval_at(p, seqlens, seq, 0).extent;
+  }
+  const auto line = exclusive_scan<kThreads>(extent, scan_scratch);
+  chunk_starts[thread] = line.before;
+  const int part_length = max((line.total + p.num_parts - 1) / p.num_parts, p.min_split_blocks);
+
+  int splits = 0;
+  for (int seq = first_seq, start = line.before; seq < last_seq; ++seq) {
+    const Interval s = interval_at(p, seqlens, seq, start);
+    splits += count_splits(p, s, part_length);
+    start += s.extent;
+  }
+  // Its barriers also make chunk_starts visible to all.
+  const auto slots = exclusive_scan<kThreads>(splits, scan_scratch);
+  int slot = slots.before;
+  for (int seq = first_seq, start = line.before; seq < last_seq; ++seq) {
+    const Interval s = interval_at(p, seqlens, seq, start);
+    num_splits[seq] = slot;
+    slot += count_splits(p, s, part_length);
+    start += s.extent;
+  }
+  if (thread == 0) num_splits[p.batch] = slots.total;
+
+  for (int part = thread; part < p.num_parts; part += kThreads) {
+    const auto locate = [&](int cut) {
+      return locate_cut<kThreads>(p, seqlens, chunk_starts, per_thread, line.total, part_length,
+                                  cut);
+    };
+    const Position begin = locate(part);
+    const Position end = locate(part + 1);
+    metadata[2 * part] = make_int4(begin.seq, begin.block, end.seq, end.block);
+    metadata[2 * part + 1] = make_int4(begin.split, 0, 0, 0);
+  }
+}
+
+}  // namespace
+
+cudaError_t launch_plan(const PlanParams& params, cudaStream_t stream) {
+  if (params.groups == 0) return cudaSuccess;
+  // Few threads have cheaper barriers; many walk fewer sequences each.
+  if (params.batch <= 256) {
+    plan_kernel<256><<<params.groups, 256, 0, stream>>>(params);
+  } else {
+    plan_kernel<1024><<<params.groups, 1024, 0, stream>>>(params);
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace jax_flashmla

@@ -1,0 +1,14 @@
+"""Paged multi-head latent attention (MLA) decode for JAX."""
+
+from jax_flashmla.config import show_config
+from jax_flashmla.decode import flash_mla_with_kvcache
+from jax_flashmla.metadata import MLAMetadata, get_mla_metadata
+from jax_flashmla.version import __version__
+
+__all__ = [
+    "MLAMetadata",
+    "__version__",
+    "flash_mla_with_kvcache",
+    "get_mla_metadata",
+    "show_config",
+]

@@ -1,0 +1,265 @@
+"""`flash_mla_with_kvcache`: paged, variable-length MLA decode as a JAX primitive."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import core
+
+from jax_flashmla import arguments, decode_xla, native
+from jax_flashmla.arguments import HEAD_DIM, LATENT_DIM, PAGE_BLOCK_SIZE, ROPE_DIM
+from jax_flashmla.planner import METADATA_COLUMNS
+from jax_flashmla.primitive import define_primitive, lower_as_jax
+
+
+def flash_mla_with_kvcache(
+    q: jax.Array | tuple[jax.Array, jax.Array],
+    k_cache: jax.Array,
+    block_table: jax.Array,
+    cache_seqlens: jax.Array,
+    head_dim_v: int = LATENT_DIM,
+    tile_scheduler_metadata: jax.Array | None = None,
+    num_splits: jax.Array | None = None,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attends with absorbed queries to a paged latent cache (multi-head latent attention).
+
+    Each cache row is a key of 576 columns, 512 latent and 64 rotary; its first 512 columns are also
+    the value (DeepSeek-V2, arXiv 2405.04434). Nothing past a sequence's length is ever used: page
+    tails, unnamed pages and table entries there may hold anything, NaN included.
+
+    `*G` stands for any number of leading group axes, the same on all operands (usually none): one
+    independent page pool per group, with page ids local to it.
+
+    Args:
+      q: `[*G, b, s_q, h_q, 576]` bfloat16 or float16, or a pair `(q_nope [.., 512],
+        q_rope [.., 64])`, which spares a concatenation.
+      k_cache: `[*G, num_blocks, 64, h_kv, 576]`, dtype of `q`: pages of 64 tokens.
+      block_table: `[*G, b, max_blocks]` int32, the page ids of each sequence, in order. An id
+        outside the pool reads as zeros.
+      cache_seqlens: `[*G, b]` int32, the valid tokens of each sequence, the new ones included;
+        clamped to what the table holds.
+      head_dim_v: 512.
+      tile_scheduler_metadata: `[*G, num_sm_parts, 8]` int32 and
+      num_splits: `[*G, b + 1]` int32, from `get_mla_metadata`. Both `None`: plan inside the call.
+      softmax_scale: default `576 ** -0.5`.
+      causal: query `i` of `s_q` sees the keys up to `cache_seqlens - s_q + i`.
+      implementation: `"cuda"`, `"xla"`, or `None` for the faster one that runs here.
+
+    Returns:
+      out `[*G, b, s_q, h_q, 512]` in q's dtype, and lse `[*G, b, h_q, s_q]` float32, the natural
+      logarithm of the sum of `exp(softmax_scale * q @ k)`. A query that sees no key gives `out` 0
+      and `lse` -inf (FlashMLA: +inf).
+
+    Raises:
+      TypeError, ValueError: an argument has the wrong type, dtype, rank, shape or value.
+      RuntimeError: `implementation="cuda"` where the kernel cannot run; the message says why.
+      NotImplementedError: under `jax.grad` or `jax.jvp`; decode has no derivative.
+    """
+    q_parts, split_q = _check_q(q)
+    dtype = q_parts[0].dtype
+    *groups, batch, s_q, h_q, _ = q_parts[0].shape
+
+    k_cache = arguments.array("k_cache", k_cache)
+    if k_cache.dtype != dtype:
+        raise TypeError(f"k_cache: expected q's dtype {dtype}, got {k_cache.dtype}")
+    expected = (*groups, "num_blocks", PAGE_BLOCK_SIZE, "h_kv", HEAD_DIM)
+    arguments.shape("k_cache", k_cache, expected, f"group axes {groups} as q's" if groups else "")
+    h_kv = k_cache.shape[-2]
+    if k_cache.shape[len(groups)] == 0:
+        raise ValueError("k_cache: expected at least one page, got num_blocks 0")
+    if h_kv == 0 or h_q == 0 or h_q % h_kv:
+        raise ValueError(
+            f"q: expected h_q a positive multiple of k_cache's h_kv, got h_q {h_q} and h_kv {h_kv}"
+        )
+
+    block_table = arguments.int32_array("block_table", block_table)
+    arguments.shape("block_table", block_table, (*groups, batch, "max_blocks"), "b as q's")
+    if block_table.shape[-1] == 0:
+        raise ValueError("block_table: expected at least one column, got max_blocks 0")
+    cache_seqlens = arguments.int32_array("cache_seqlens", cache_seqlens)
+    arguments.shape("cache_seqlens", cache_seqlens, (*groups, batch), "b as q's")
+    if arguments.static_int("head_dim_v", head_dim_v) != LATENT_DIM:
+        raise ValueError(f"head_dim_v: expected {LATENT_DIM}, got {head_dim_v}")
+
+    metadata = _check_metadata(tile_scheduler_metadata, num_splits, groups, batch)
+    if softmax_scale is None:
+        softmax_scale = HEAD_DIM**-0.5
+    native.check_implementation("decode", implementation)
+    config = DecodeConfig(
+        softmax_scale=arguments.static_finite_float("softmax_scale", softmax_scale),
+        causal=arguments.static_bool("causal", causal) and s_q > 1,
+        split_q=split_q,
+        planned=bool(metadata),
+        implementation=implementation,
+    )
+    out, lse = decode_p.bind(
+        *q_parts, k_cache, block_table, cache_seqlens, *metadata, config=config
+    )
+    return out, lse
+
+
+def _check_q(q) -> tuple[tuple[jax.Array, ...], bool]:
+    """Returns the parts of q, one or two, and whether it was a pair."""
+    split = isinstance(q, (tuple, list))
+    if split and len(q) != 2:
+        raise ValueError(f"q: expected an array or a pair (q_nope, q_rope), got {len(q)} items")
+    names = ("q_nope", "q_rope") if split else ("q",)
+    widths = (LATENT_DIM, ROPE_DIM) if split else (HEAD_DIM,)
+    parts = tuple(
+        arguments.array(name, part) for name, part in zip(names, q if split else (q,), strict=True)
+    )
+    leading = parts[0].shape[:-1] if parts[0].ndim >= 4 else ("*G", "b", "s_q", "h_q")
+    for name, part, width in zip(names, parts, widths, strict=True):
+        if part.dtype not in arguments.QUERY_DTYPES:
+            raise TypeError(f"{name}: expected dtype bfloat16 or float16, got {part.dtype}")
+        if part.dtype != parts[0].dtype:
+            raise TypeError(f"{name}: expected q_nope's dtype {parts[0].dtype}, got {part.dtype}")
+        arguments.shape(name, part, (*leading, width), "as q_nope's" if name == "q_rope" else "")
+    if parts[0].shape[-3] == 0:
+        raise ValueError(f"{names[0]}: expected at least one query token, got s_q 0")
+    return parts, split
+
+
+def _check_metadata(tile_scheduler_metadata, num_splits, groups, batch) -> tuple[jax.Array, ...]:
+    """Returns `()`, or both arrays of the plan."""
+    if (tile_scheduler_metadata is None) != (num_splits is None):
+        missing = "num_splits" if num_splits is None else "tile_scheduler_metadata"
+        raise ValueError(
+            f"{missing}: expected an array, since the other half of the metadata was given, got "
+            "None; pass both as get_mla_metadata returns them, or neither"
+        )
+    if num_splits is None:
+        return ()
+    name = "tile_scheduler_metadata"
+    tile_scheduler_metadata = arguments.int32_array(name, tile_scheduler_metadata)
+    expected = (*groups, "num_sm_parts", METADATA_COLUMNS)
+    arguments.shape(name, tile_scheduler_metadata, expected)
+    num_splits = arguments.int32_array("num_splits", num_splits)
+    arguments.shape("num_splits", num_splits, (*groups, batch + 1), "b + 1")
+    return tile_scheduler_metadata, num_splits
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """The static parameter of the decode primitives."""
+
+    softmax_scale: float
+    causal: bool
+    split_q: bool  # q is the pair (q_nope, q_rope)
+    planned: bool  # the metadata are the last two operands
+    implementation: str | None
+
+    def split_operands(self, operands):
+        """Returns `(q parts, (k_cache, block_table, cache_seqlens), metadata)`."""
+        num_q = 2 if self.split_q else 1
+        return operands[:num_q], operands[num_q : num_q + 3], operands[num_q + 3 :]
+
+
+def _abstract(*operands, config):
+    (q, *_), _, _ = config.split_operands(operands)
+    *leading, s_q, h_q, _ = q.shape
+    return [
+        core.ShapedArray((*leading, s_q, h_q, LATENT_DIM), q.dtype),
+        core.ShapedArray((*leading, h_q, s_q), jnp.float32),
+    ]
+
+
+def _decode(*operands, config):
+    """Lowers the outer primitive: any number of group axes become one."""
+    _, (_, block_table, _), _ = config.split_operands(operands)
+    groups = block_table.shape[:-2]
+    operands = [x.reshape(math.prod(groups), *x.shape[len(groups) :]) for x in operands]
+    results = decode_local_p.bind(*operands, config=config)
+    return [result.reshape(*groups, *result.shape[1:]) for result in results]
+
+
+def _batcher(operands, dims, *, config):
+    """Never touches the pool's pages.
+
+    Pool mapped: the mapped axis becomes one more group axis. Pool not mapped: it is folded into the
+    batch, and the metadata, which was planned for the batch of one example, is dropped.
+    """
+    q, (k_cache, block_table, cache_seqlens), metadata = config.split_operands(operands)
+    q_dims, (k_dim, table_dim, lengths_dim), metadata_dims = config.split_operands(dims)
+    size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
+
+    def to_axis(x, dim, axis):
+        if dim is None:
+            return jnp.broadcast_to(
+                jnp.expand_dims(x, axis), (*x.shape[:axis], size, *x.shape[axis:])
+            )
+        return jnp.moveaxis(x, dim, axis)
+
+    if k_dim is not None:
+        # Metadata shared by all examples is a plan for lengths shared by all.
+        keep = all(dim is not None for dim in metadata_dims) or lengths_dim is None
+        kept = zip(metadata, metadata_dims, strict=True) if keep else ()
+        outs = decode_p.bind(
+            *(to_axis(x, dim, 0) for x, dim in zip(q, q_dims, strict=True)),
+            jnp.moveaxis(k_cache, k_dim, 0),
+            to_axis(block_table, table_dim, 0),
+            to_axis(cache_seqlens, lengths_dim, 0),
+            *(to_axis(x, dim, 0) for x, dim in kept),
+            config=dataclasses.replace(config, planned=config.planned and keep),
+        )
+        return outs, [0, 0]
+
+    axis = k_cache.ndim - 4  # the batch follows the group axes
+
+    def fold(x, dim):
+        x = to_axis(x, dim, axis)
+        return x.reshape(*x.shape[:axis], size * x.shape[axis + 1], *x.shape[axis + 2 :])
+
+    outs = decode_p.bind(
+        *(fold(x, dim) for x, dim in zip(q, q_dims, strict=True)),
+        k_cache,
+        fold(block_table, table_dim),
+        fold(cache_seqlens, lengths_dim),
+        config=dataclasses.replace(config, planned=False),
+    )
+    example_lengths = [n for i, n in enumerate(cache_seqlens.shape) if i != lengths_dim]
+    batch = (size, example_lengths[-1])
+    outs = [out.reshape(*out.shape[:axis], *batch, *out.shape[axis + 1 :]) for out in outs]
+    return outs, [axis, axis]
+
+
+def _decode_local_xla(*operands, config, walk):
+    """One pool out of all groups' pools, one batch out of all groups' batches."""
+    q, (k_cache, block_table, cache_seqlens), _ = config.split_operands(operands)
+    groups, num_blocks = k_cache.shape[:2]
+    batch = cache_seqlens.shape[1]
+    first_page = jnp.arange(groups, dtype=jnp.int32)[:, None, None] * num_blocks
+    in_pool = (block_table >= 0) & (block_table < num_blocks)
+    block_table = jnp.where(in_pool, block_table + first_page, -1)
+    out, lse = decode_xla.decode_xla(
+        *(_merge_leading_axes(x) for x in (q, k_cache, block_table, cache_seqlens)),
+        softmax_scale=config.softmax_scale,
+        causal=config.causal,
+        walk=walk,
+    )
+    return out.reshape(groups, batch, *out.shape[1:]), lse.reshape(groups, batch, *lse.shape[1:])
+
+
+def _merge_leading_axes(tree):
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), tree)
+
+
+def _xla_lowering(walk):
+    return lower_as_jax(functools.partial(_decode_local_xla, walk=walk))
+
+
+decode_local_p = define_primitive(
+    "mla_decode_local",
+    abstract=_abstract,
+    lowering=_xla_lowering(decode_xla.ACCELERATOR_WALK),
+    platform_lowerings={"cpu": _xla_lowering(decode_xla.CPU_WALK)},
+)
+decode_p = define_primitive(
+    "mla_decode", abstract=_abstract, lowering=lower_as_jax(_decode), batcher=_batcher
+)

@@ -1,0 +1,147 @@
+"""MLA decode in plain JAX, for every platform: walks the pages with an online softmax.
+
+A plain version gathers all pages that the table could hold and multiplies with the result. This one
+reads a few pages of every sequence at a time, keeps a running maximum, sum and output per row, and
+stops after the longest sequence, so that memory stays small and work follows the lengths.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import lax
+
+from jax_flashmla.arguments import LATENT_DIM
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """How a platform walks the pages."""
+
+    tokens_per_step: int  # over all sequences together
+    compute_dtype: jnp.dtype | None  # of the products' operands; None: as the cache
+
+
+# A step's pages fit a large device's appetite, or a CPU's caches. XLA:CPU multiplies float32: for
+# some shapes it fails at run time on bfloat16 operands (jaxlib 0.10 to 0.12: "Unsupported element
+# type for DotThunk::Execute: BF16 x BF16 = F32").
+ACCELERATOR_WALK = Walk(tokens_per_step=2**20, compute_dtype=None)
+CPU_WALK = Walk(tokens_per_step=2048, compute_dtype=jnp.float32)
+# A step reads at most this share of the table, so that its temporaries (the pages, their scores and
+# weights, and copies in other layouts) stay well below an eighth of the gathered cache.
+MIN_STEPS_PER_TABLE = 32
+
+# Where a row has seen no key yet. Finite, so that exp(-inf - start) is 0 and never NaN.
+START_MAX = float(jnp.finfo(jnp.float32).min)
+
+
+def decode_xla(q, k_cache, block_table, cache_seqlens, *, softmax_scale, causal, walk):
+    """Decodes a batch from one pool.
+
+    Args:
+      q: a tuple of arrays `[b, s_q, h_q, .]` that together have the cache's 576 columns.
+      k_cache: `[num_blocks, page, h_kv, 576]`.
+      block_table: `[b, max_blocks]` int32.
+      cache_seqlens: `[b]` int32.
+      softmax_scale: float.
+      causal: bool.
+      walk: how much to read at a time, and in which precision to multiply.
+
+    Returns:
+      out `[b, s_q, h_q, 512]` in q's dtype and lse `[b, h_q, s_q]` float32.
+    """
+    batch, s_q, h_q, _ = q[0].shape
+    num_blocks, page, h_kv, _ = k_cache.shape
+    max_blocks = block_table.shape[1]
+    heads_per_kv = h_q // h_kv
+    rows = (batch, h_kv, heads_per_kv, s_q)
+
+    dtype, compute_dtype = q[0].dtype, walk.compute_dtype or q[0].dtype
+    # [b, s_q, h_q, d] -> [b, h_kv, heads, s_q, d]: the heads that share a KV head are its rows.
+    q = [
+        part.reshape(batch, s_q, h_kv, heads_per_kv, part.shape[-1])
+        .transpose(0, 2, 3, 1, 4)
+        .astype(compute_dtype)
+        for part in q
+    ]
+    lengths = jnp.clip(cache_seqlens, 0, max_blocks * page)
+    visible = lengths[:, None]  # [b, 1 or s_q]: keys that a query may see
+    if causal:
+        visible = visible - s_q + 1 + jnp.arange(s_q, dtype=jnp.int32)
+
+    pages_per_step = walk.tokens_per_step // (max(batch, 1) * page)
+    pages_per_step = max(1, min(pages_per_step, max_blocks // MIN_STEPS_PER_TABLE))
+    tokens = pages_per_step * page
+    block_table = jnp.pad(block_table, ((0, 0), (0, -max_blocks % pages_per_step)))
+
+    def attend_to_some_pages(step, carry):
+        row_max, row_sum, out = carry
+        positions = step * tokens + jnp.arange(tokens, dtype=jnp.int32)
+        page_ids = lax.dynamic_slice_in_dim(
+            block_table, step * pages_per_step, pages_per_step, axis=1
+        )
+        keys = _gather_pages(k_cache, page_ids, step)
+        in_pool = jnp.repeat((page_ids >= 0) & (page_ids < num_blocks), page, axis=1)
+        readable = in_pool & (positions < lengths[:, None])
+        # Zeros, not only masked scores: 0 * NaN would let a poisoned tail into the output.
+        keys = jnp.where(readable[..., None, None], keys, 0).astype(compute_dtype)
+
+        scores = softmax_scale * sum(
+            jnp.einsum("bghsd,btgd->bghst", part, columns, preferred_element_type=jnp.float32)
+            for part, columns in zip(q, _split_columns(keys, q), strict=True)
+        )
+        seen = positions < visible[..., None]  # [b, 1 or s_q, tokens]
+        scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
+
+        new_max = jnp.maximum(row_max, scores.max(axis=-1))
+        weights = jnp.exp(scores - new_max[..., None])
+        shrink = jnp.exp(row_max - new_max)
+        update = jnp.einsum(
+            "bghst,btgv->bghsv",
+            weights.astype(compute_dtype),
+            keys[..., :LATENT_DIM],
+            preferred_element_type=jnp.float32,
+        )
+        return (
+            new_max,
+            row_sum * shrink + weights.sum(axis=-1),
+            out * shrink[..., None] + update,
+        )
+
+    longest = jnp.max(lengths, initial=0)
+    steps = (longest + tokens - 1) // tokens
+    start = (
+        jnp.full(rows, START_MAX, jnp.float32),
+        jnp.zeros(rows, jnp.float32),
+        jnp.zeros((*rows, LATENT_DIM), jnp.float32),
+    )
+    row_max, row_sum, out = lax.fori_loop(0, steps, attend_to_some_pages, start)
+
+    empty = row_sum == 0
+    out = jnp.where(empty[..., None], 0, out / jnp.where(empty, 1, row_sum)[..., None])
+    lse = jnp.where(empty, -jnp.inf, row_max + jnp.log(row_sum))
+    out = out.transpose(0, 3, 1, 2, 4).reshape(batch, s_q, h_q, LATENT_DIM)
+    return out.astype(dtype), lse.reshape(batch, h_q, s_q)
+
+
+def _gather_pages(k_cache, page_ids, step):
+    """Reads pages `page_ids [b, n]`: `[b, n * page, h_kv, 576]`. Ids outside the pool are clamped.
+
+    The barrier and the bitcast keep XLA:CPU (jaxlib 0.10) from gathering in float32 and hoisting a
+    float32 copy of the whole pool out of the loop: the barrier ties the pool to the loop's step,
+    and a gather of 16-bit integers is left as it is.
+    """
+    batch, pages = page_ids.shape
+    num_blocks, page, h_kv, width = k_cache.shape
+    pool, _ = lax.optimization_barrier((k_cache, step))
+    pool = lax.bitcast_convert_type(pool, jnp.uint16)
+    page_ids = jnp.clip(page_ids, 0, num_blocks - 1)
+    keys = pool.at[page_ids].get(mode="promise_in_bounds")
+    keys = lax.bitcast_convert_type(keys, k_cache.dtype)
+    return keys.reshape(batch, pages * page, h_kv, width)
+
+
+def _split_columns(keys, q):
+    """Cuts the columns of `keys` as the parts of `q` are cut."""
+    if len(q) == 1:
+        return [keys]
+    return [keys[..., :LATENT_DIM], keys[..., LATENT_DIM:]]

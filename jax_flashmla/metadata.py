@@ -1,0 +1,132 @@
+"""`get_mla_metadata`: plans a decode step, once per step, for all layers."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import core
+
+from jax_flashmla import arguments, native, planner
+from jax_flashmla.primitive import define_primitive, lower_as_jax
+
+# SMs of an H100 SXM or H200: what a plan is made for where JAX sees no GPU.
+DEFAULT_NUM_SMS = 132
+MAX_NUM_SMS = 65535  # keeps every cut of the plan inside int32
+
+
+class MLAMetadata(NamedTuple):
+    """A plan; layout in `jax_flashmla.planner`. Unpack it into the decode call: `*metadata`."""
+
+    tile_scheduler_metadata: jax.Array  # [*G, num_sm_parts, 8] int32
+    num_splits: jax.Array  # [*G, b + 1] int32
+
+
+def get_mla_metadata(
+    cache_seqlens: jax.Array,
+    num_q_tokens_per_head_k: int,
+    num_heads_k: int,
+    *,
+    num_sms: int | None = None,
+    implementation: str | None = None,
+) -> MLAMetadata:
+    """Plans which thread-block partition works on which 64-token blocks of which sequence.
+
+    The plan depends on the lengths and head counts only: make it once per step and share it between
+    layers. Results of the decode never depend on it, only its speed does. The name and the first
+    arguments are FlashMLA's; the balancing is described in `jax_flashmla.planner`.
+
+    Args:
+      cache_seqlens: `[*G, b]` int32, valid tokens of each sequence.
+      num_q_tokens_per_head_k: `s_q * h_q // h_kv`, query rows per KV head (static).
+      num_heads_k: `h_kv` (static).
+      num_sms: streaming multiprocessors to plan for (static). Default: those of JAX's first CUDA
+        device, or 132 (H100 SXM, H200) where there is none.
+      implementation: `"cuda"` (one kernel launch), `"xla"`, or `None` for the faster one that runs
+        here. Both give the same bits.
+
+    Returns:
+      `MLAMetadata(tile_scheduler_metadata [*G, num_sm_parts, 8], num_splits [*G, b + 1])`, int32.
+
+    Raises:
+      TypeError, ValueError: an argument has the wrong type, rank or value.
+      RuntimeError: `implementation="cuda"` where the kernel cannot run.
+    """
+    cache_seqlens = arguments.int32_array("cache_seqlens", cache_seqlens)
+    if cache_seqlens.ndim < 1:
+        raise ValueError("cache_seqlens: expected shape [*G, b], got a scalar")
+    rows = arguments.positive_int("num_q_tokens_per_head_k", num_q_tokens_per_head_k)
+    heads = arguments.positive_int("num_heads_k", num_heads_k)
+    native.check_implementation("plan", implementation)
+    if num_sms is None:
+        devices = native.gpus()
+        num_sms = devices[0].core_count if devices else DEFAULT_NUM_SMS
+    sms = arguments.positive_int("num_sms", num_sms)
+    if sms > MAX_NUM_SMS:
+        raise ValueError(f"num_sms: expected at most {MAX_NUM_SMS}, got {sms}")
+    config = PlanConfig(planner.num_sm_parts(rows, heads, sms), implementation)
+    return MLAMetadata(*plan_p.bind(cache_seqlens, config=config))
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanConfig:
+    """The static parameter of the plan primitives."""
+
+    num_sm_parts: int
+    implementation: str | None
+
+
+def _abstract(cache_seqlens, *, config):
+    *groups, batch = cache_seqlens.shape
+    return [
+        core.ShapedArray((*groups, config.num_sm_parts, planner.METADATA_COLUMNS), jnp.int32),
+        core.ShapedArray((*groups, batch + 1), jnp.int32),
+    ]
+
+
+def _plan(cache_seqlens, *, config):
+    """Lowers the outer primitive: any number of group axes become one."""
+    *groups, batch = cache_seqlens.shape
+    results = plan_local_p.bind(cache_seqlens.reshape(math.prod(groups), batch), config=config)
+    return [result.reshape(*groups, *result.shape[1:]) for result in results]
+
+
+def _batcher(args, dims, *, config):
+    """A mapped axis becomes one more group axis."""
+    (cache_seqlens,), (dim,) = args, dims
+    return plan_p.bind(jnp.moveaxis(cache_seqlens, dim, 0), config=config), [0, 0]
+
+
+def _plan_local_xla(cache_seqlens, *, config):
+    return jax.vmap(lambda lengths: planner.plan_reference(lengths, config.num_sm_parts))(
+        cache_seqlens
+    )
+
+
+_xla_lowering = lower_as_jax(_plan_local_xla)
+
+
+def _cuda_lowering(ctx, cache_seqlens, *, config):
+    if native.chosen_implementation("plan", config.implementation) == "xla":
+        return _xla_lowering(ctx, cache_seqlens, config=config)
+    batch = ctx.avals_in[0].shape[1]
+    return jax.ffi.ffi_lowering(native.FFI_TARGETS["plan"])(
+        ctx,
+        cache_seqlens,
+        overhead_blocks=np.int32(planner.OVERHEAD_BLOCKS),
+        min_split_blocks=np.int32(planner.MIN_SPLIT_BLOCKS),
+        max_blocks=np.int32(planner.max_blocks_per_sequence(batch)),
+    )
+
+
+plan_local_p = define_primitive(
+    "mla_metadata_local",
+    abstract=_abstract,
+    lowering=_xla_lowering,
+    platform_lowerings={"cuda": _cuda_lowering},
+)
+plan_p = define_primitive(
+    "mla_metadata", abstract=_abstract, lowering=lower_as_jax(_plan), batcher=_batcher
+)

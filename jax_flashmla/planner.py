@@ -1,0 +1,109 @@
+"""The plan of a decode step: which thread-block partition works on which blocks. The reference.
+
+A *block* is 64 tokens of one sequence. The work of a step is the blocks of all sequences, in order;
+it is cut into `num_sm_parts` consecutive *partitions* of nearly equal cost, one per group of thread
+blocks. A sequence that a cut falls into is computed in several *splits*, one per partition that
+touches it, and the decode combines their results.
+
+Layout of the two results (int32):
+
+`tile_scheduler_metadata [num_sm_parts, 8]`, one row per partition:
+
+    column   0          1            2        3          4            5..7
+             begin_seq  begin_block  end_seq  end_block  begin_split  zero
+
+Partition p computes every block from position (begin_seq, begin_block) up to, not including,
+position (end_seq, end_block), sequences in order. A position names a block by its sequence and its
+index in it; (i, 0) is also the end of sequence i-1, and (b, 0) the end of everything. The end of p
+is the begin of p+1. A partition whose begin equals its end has nothing to do. A sequence of length
+0 has one position, (i, 0): whoever owns it writes the sequence's zeros. `begin_split` is the index,
+within begin_seq, of the split that p computes first; p's later sequences start at split 0.
+
+`num_splits [b + 1]`: exclusive prefix sum of the splits per sequence (at least 1 each): the splits
+of sequence i have the slots num_splits[i] to num_splits[i + 1] in a buffer of partial results.
+There are at most b + num_sm_parts - 1 slots.
+
+How the cuts are found. Each sequence occupies an interval on a line: OVERHEAD_BLOCKS units for
+loading its queries and storing its results, then one unit per block; an empty sequence one unit.
+The line, of total length T, is cut at the multiples of W = max(ceil(T / num_sm_parts),
+MIN_SPLIT_BLOCKS). A cut that would leave fewer than MIN_SPLIT_BLOCKS blocks of a sequence on one
+side moves to that end of the sequence; a cut into the overhead moves to its start. Every quantity
+is then a prefix sum or a division, with no serial walk over the batch; the cost of a partition, its
+blocks plus OVERHEAD_BLOCKS per sequence that it touches (1 for an empty one), is at most
+W + OVERHEAD_BLOCKS + 2 * (MIN_SPLIT_BLOCKS - 1).
+
+The kernel in `cuda/plan.cu` computes the same numbers, bit for bit.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+BLOCK_TOKENS = 64
+# Starting and ending a sequence, in units of one block's time. FlashMLA uses 5 as well
+# (deepseek-ai/FlashMLA, fixed_overhead_num_blocks); to be tuned with the decode kernel.
+OVERHEAD_BLOCKS = 5
+# Shorter splits cost more in the combine than they gain.
+MIN_SPLIT_BLOCKS = 4
+METADATA_COLUMNS = 8
+# The line's length must fit int32; blocks beyond the limit belong to their sequence's last
+# partition, so that a plan stays valid, only unbalanced, for absurd lengths.
+MAX_LINE = 2**30
+ROWS_PER_TILE = 64  # query rows that one thread block computes
+
+
+def num_sm_parts(num_q_tokens_per_head_k: int, num_heads_k: int, num_sms: int) -> int:
+    """Partitions such that partitions x heads x row tiles fill the SMs once; at least 1."""
+    row_tiles = -(-num_q_tokens_per_head_k // ROWS_PER_TILE)
+    return max(1, num_sms // (num_heads_k * row_tiles))
+
+
+def max_blocks_per_sequence(batch: int) -> int:
+    """How many blocks of one sequence the plan balances; the rest go to its last partition."""
+    return max(1, MAX_LINE // max(batch, 1) - OVERHEAD_BLOCKS)
+
+
+def plan_reference(cache_seqlens: jax.Array, parts: int) -> tuple[jax.Array, jax.Array]:
+    """Plans one group.
+
+    Args:
+      cache_seqlens: `[b]` int32 tokens; negative counts as 0.
+      parts: number of partitions.
+
+    Returns:
+      `tile_scheduler_metadata [parts, 8]` and `num_splits [b + 1]`, int32.
+    """
+    batch = cache_seqlens.shape[0]
+    zero = jnp.zeros(1, jnp.int32)
+    if batch == 0:
+        return jnp.zeros((parts, METADATA_COLUMNS), jnp.int32), zero
+
+    lengths = jnp.maximum(cache_seqlens, 0)
+    blocks = lengths // BLOCK_TOKENS + (lengths % BLOCK_TOKENS > 0)
+    blocks = jnp.minimum(blocks, max_blocks_per_sequence(batch))
+    extents = jnp.where(blocks > 0, blocks + OVERHEAD_BLOCKS, 1)
+    line = jnp.concatenate([zero, jnp.cumsum(extents, dtype=jnp.int32)])
+    starts, total = line[:-1], line[-1]
+    part_length = jnp.maximum(-(-total // parts), MIN_SPLIT_BLOCKS)
+
+    # Cuts that stay inside a sequence: those that leave MIN_SPLIT_BLOCKS on both sides.
+    first = starts + OVERHEAD_BLOCKS + MIN_SPLIT_BLOCKS
+    last = starts + OVERHEAD_BLOCKS + blocks - MIN_SPLIT_BLOCKS
+    cuts_before = (first - 1) // part_length
+    inner_cuts = jnp.where(last >= first, last // part_length - cuts_before, 0)
+    num_splits = jnp.concatenate([zero, jnp.cumsum(inner_cuts + 1, dtype=jnp.int32)])
+
+    cuts = jnp.arange(parts + 1, dtype=jnp.int32)
+    x = cuts * part_length
+    seq = jnp.searchsorted(starts, x, side="right").astype(jnp.int32) - 1
+    block = x - starts[seq] - OVERHEAD_BLOCKS
+    snap = jnp.minimum(MIN_SPLIT_BLOCKS, (blocks[seq] + 1) // 2)
+    to_start = (blocks[seq] == 0) | (block < snap)
+    inside = ~to_start & (x >= first[seq]) & (x <= last[seq])
+    past_end = (x >= total) | ~(to_start | inside)
+    seq = jnp.where(x >= total, batch, seq + past_end)
+    split = jnp.where(inside, cuts - cuts_before[jnp.minimum(seq, batch - 1)], 0)
+    position = jnp.stack([seq, jnp.where(inside, block, 0)], axis=1)
+    unused = jnp.zeros((parts, 3), jnp.int32)
+    metadata = jnp.concatenate([position[:-1], position[1:], split[:-1, None], unused], axis=1)
+    return lax.convert_element_type(metadata, jnp.int32), num_splits

@@ -1,0 +1,38 @@
+"""MLA decode in float64 NumPy, one sequence and one query token at a time."""
+
+import numpy as np
+
+
+def decode(q, k_cache, block_table, cache_seqlens, softmax_scale=576**-0.5, causal=False):
+    """Returns out [b, s_q, h_q, 512] and lse [b, h_q, s_q], float64.
+
+    Reads only the valid part of what it is given. Page ids outside the pool read as zeros.
+    """
+    q, block_table, cache_seqlens = (np.asarray(x) for x in (q, block_table, cache_seqlens))
+    k_cache = np.asarray(k_cache)
+    batch, s_q, h_q, _ = q.shape
+    num_blocks, page, h_kv, width = k_cache.shape
+    heads_per_kv = h_q // h_kv
+    out = np.zeros((batch, s_q, h_q, 512))
+    lse = np.full((batch, h_q, s_q), -np.inf)
+    for i in range(batch):
+        length = int(np.clip(cache_seqlens[i], 0, block_table.shape[1] * page))
+        keys = np.zeros((length, h_kv, width))
+        for start in range(0, length, page):
+            page_id, stop = int(block_table[i, start // page]), min(start + page, length)
+            if 0 <= page_id < num_blocks:
+                keys[start:stop] = k_cache[page_id, : stop - start]
+        for token in range(s_q):
+            visible = length - s_q + 1 + token if causal else length
+            if visible <= 0:
+                continue
+            for head in range(h_kv):
+                rows = slice(head * heads_per_kv, (head + 1) * heads_per_kv)
+                seen = keys[:visible, head]
+                scores = softmax_scale * (q[i, token, rows].astype(np.float64) @ seen.T)
+                top = scores.max(axis=1, keepdims=True)
+                weights = np.exp(scores - top)
+                total = weights.sum(axis=1, keepdims=True)
+                out[i, token, rows] = (weights / total) @ seen[:, :512]
+                lse[i, rows, token] = (top + np.log(total))[:, 0]
+    return out, lse

@@ -1,0 +1,101 @@
+"""Random decode problems in which everything that must not be read is poisoned."""
+
+import dataclasses
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+
+UNUSED_TABLE_ENTRY = 2147480000
+PAGE = 64
+
+
+@dataclasses.dataclass
+class Problem:
+    """Operands of one decode, as NumPy arrays."""
+
+    q: np.ndarray
+    k_cache: np.ndarray
+    block_table: np.ndarray
+    cache_seqlens: np.ndarray
+
+    @property
+    def arrays(self):
+        return self.q, self.k_cache, self.block_table, self.cache_seqlens
+
+    @property
+    def q_pair(self):
+        return self.q[..., :512], self.q[..., 512:]
+
+
+def make_problem(
+    rng, lengths, *, s_q=1, h_q=16, h_kv=1, dtype=jnp.bfloat16, max_blocks=None, shared_pages=256
+):
+    """Draws a problem for sequences of the given lengths.
+
+    Pages lie in the pool in random order. Pages that no sequence names and the tails of last pages
+    are NaN, table entries past a sequence's end are absurd. Where there are more than
+    `shared_pages` full pages, sequences share them, as servers share prefixes.
+    """
+    lengths = np.asarray(lengths, np.int32)
+    full, tails = lengths // PAGE, lengths % PAGE
+    num_full = min(int(full.sum()), shared_pages)
+    num_last = int((tails > 0).sum())
+    num_blocks = num_full + num_last + 5
+    ids = rng.permutation(num_blocks).astype(np.int32)
+
+    k_cache = _normal(rng, (num_blocks, PAGE, h_kv, 576), dtype)
+    k_cache[ids[num_full + num_last :]] = np.nan
+    needed = int((full + (tails > 0)).max(initial=0))
+    max_blocks = max_blocks or needed + 3
+    block_table = np.full((len(lengths), max_blocks), UNUSED_TABLE_ENTRY, np.int32)
+    full_pages = _cycle_shuffled(rng, ids[:num_full])
+    last_pages = iter(ids[num_full : num_full + num_last])
+    for i, (count, tail) in enumerate(zip(full, tails, strict=True)):
+        block_table[i, :count] = list(itertools.islice(full_pages, int(count)))
+        if tail:
+            page = next(last_pages)
+            block_table[i, count] = page
+            k_cache[page, tail:] = np.nan
+    q = _normal(rng, (len(lengths), s_q, h_q, 576), dtype)
+    return Problem(q, k_cache, block_table, lengths)
+
+
+def stack(problems):
+    """Problems of equal shapes as one with a leading group axis."""
+    return Problem(
+        *(np.stack(arrays) for arrays in zip(*(p.arrays for p in problems), strict=True))
+    )
+
+
+def _normal(rng, shape, dtype):
+    return rng.standard_normal(shape, np.float32).astype(dtype)
+
+
+def _cycle_shuffled(rng, items):
+    while len(items):
+        yield from rng.permutation(items)
+
+
+def pairwise_cover(factors, is_valid, cost):
+    """Cases in which every pair of values of two factors that can occur together does.
+
+    Args:
+      factors: a dict from name to values.
+      is_valid: whether a case, a dict from name to value, may be tested.
+      cost: of a case; cheap cases are preferred.
+    """
+    cases = [
+        dict(zip(factors, values, strict=True)) for values in itertools.product(*factors.values())
+    ]
+    cases = sorted(filter(is_valid, cases), key=cost)
+    pairs = {
+        id(case): set(itertools.combinations(sorted(case.items(), key=repr), 2)) for case in cases
+    }
+    uncovered = set().union(*pairs.values())
+    chosen = []
+    while uncovered:
+        best = max(cases, key=lambda case: len(pairs[id(case)] & uncovered))
+        uncovered -= pairs[id(best)]
+        chosen.append(best)
+    return chosen
