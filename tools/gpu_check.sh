@@ -26,7 +26,8 @@ cd "$work" || exit 1
 
 python3 -c 'import jax_flashmla; jax_flashmla.show_config()' || exit 1
 failed=0
-python3 -m pytest --require-gpu -q 2>&1 | tee "$results/tests.log" | tail -30 || failed=1
+parallel=$(python3 -c 'import xdist' 2>/dev/null && echo "-n 8")
+python3 -m pytest --require-gpu -q $parallel 2>&1 | tee "$results/tests.log" | tail -30 || failed=1
 python3 examples/decode_loop.py 2>&1 | tee "$results/demo.log" || failed=1
 for benchmark in xla_decode planner; do
   python3 -m "benchmarks.$benchmark" --out "$results" 2>&1 | tee "$results/$benchmark.log" || failed=1
