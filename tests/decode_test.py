@@ -211,6 +211,8 @@ class CostTest(absltest.TestCase):
         self.assertLess(temporaries, gathered / 8)
 
     def test_work_follows_the_longest_length(self):
+        if jax.default_backend() != "cpu":
+            self.skipTest("times a CPU; an accelerator may be shared with other tests")
         batch, max_blocks = 4, 512
         compiled = self.compile(batch, max_blocks)
         rng = np.random.default_rng()
@@ -220,6 +222,7 @@ class CostTest(absltest.TestCase):
 
         def fastest(length):
             lengths = jnp.full(batch, length, jnp.int32)
+            jax.block_until_ready(compiled(problem.q, pool, table, lengths))
             times = []
             for _ in range(4):
                 begin = time.perf_counter()

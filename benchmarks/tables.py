@@ -1,0 +1,100 @@
+"""Writes README.md's tables from benchmarks/results/: `python -m benchmarks.tables [--check]`."""
+
+import argparse
+import json
+import pathlib
+import re
+import sys
+
+from benchmarks import report
+
+README = pathlib.Path(__file__).parent.parent / "README.md"
+MARKED = r"(<!-- table:{name}: made by `make tables` -->\n).*?(<!-- end -->)"
+
+
+def load(name):
+    """The record that a benchmark wrote."""
+    return json.loads((report.RESULTS / f"{name}.json").read_text())
+
+
+def markdown_table(columns, rows):
+    """A right-aligned Markdown table."""
+    lines = [columns, ["---:"] * len(columns), *rows]
+    return "".join("| " + " | ".join(str(cell) for cell in line) + " |\n" for line in lines)
+
+
+def source(name):
+    """One line: where and with what it was measured."""
+    env = load(name)["environment"]
+    where = env["device"]
+    if "driver_version" in env:
+        where += f", driver {env['driver_version']}, CUDA {env['cuda_built_with']}"
+    else:
+        where += f", {env['cores']} cores"
+    return (
+        f"\n{where}; jax {env['jax']}, commit {env['commit']}, {env['date']}; "
+        f"[raw samples](benchmarks/results/{name}.json).\n"
+    )
+
+
+def planner():
+    """Time of the plan against the batch."""
+    rows = [
+        [
+            f"{row['batch']:,}",
+            f"{row['kernel_us']['median']:.2f}",
+            f"{row['program_cuda_us']['median']:.1f}",
+            f"{row['program_xla_us']['median']:.0f}",
+        ]
+        for row in load("planner")["rows"]
+    ]
+    columns = ["sequences", "kernel, µs", "inside a jitted program, µs", "the same through XLA, µs"]
+    return markdown_table(columns, rows) + source("planner")
+
+
+def xla_decode(platform):
+    """The XLA implementation against gather + einsum."""
+    name = f"xla_decode_{platform}"
+    rows = [
+        [
+            row["batch"],
+            row["heads"],
+            f"{row['tokens']:,} of {row['table_tokens']:,}",
+            f"{row['ours_us']['median'] / 1e3:.2f}",
+            f"{row['plain_us']['median'] / 1e3:.2f}",
+            f"{row['ours_temporary_bytes'] / 1e6:,.0f}",
+            f"{row['plain_temporary_bytes'] / 1e6:,.0f}",
+        ]
+        for row in load(name)["rows"]
+    ]
+    columns = ["sequences", "heads", "tokens", "ours, ms", "plain, ms", "ours, MB", "plain, MB"]
+    return markdown_table(columns, rows) + source(name)
+
+
+TABLES = {
+    "planner": planner,
+    "xla_decode_cpu": lambda: xla_decode("cpu"),
+    "xla_decode_gpu": lambda: xla_decode("gpu"),
+}
+
+
+def main():
+    """Rewrites the tables, or with --check exits non-zero if one is not what the JSON says."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only say whether they are current")
+    args = parser.parse_args()
+    text = README.read_text()
+    new = text
+    for name, make in TABLES.items():
+        pattern = re.compile(MARKED.format(name=name), re.DOTALL)
+        new, found = pattern.subn(lambda m, make=make: m[1] + make() + m[2], new)
+        if found != 1:
+            sys.exit(f"README.md: expected one table {name!r}, found {found}")
+    if args.check and new != text:
+        sys.exit("README.md's tables differ from benchmarks/results/: run `make tables`")
+    if not args.check:
+        README.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
