@@ -64,7 +64,7 @@ def _configure(config_settings):
             "without CUDA kernels; everything runs through XLA.",
             file=sys.stderr,
         )
-        return {**settings, "wheel.cmake": "false"}
+        return {**settings, "wheel.cmake": "false", "wheel.py-api": "py3"}
     nvcc = toolchain.find_nvcc()
     if nvcc is None:
         sys.exit("jax_flashmla: nvcc 12.4 or newer is needed to build the kernels: set CUDACXX.")
