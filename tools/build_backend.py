@@ -71,6 +71,11 @@ def _configure(config_settings):
     if toolchain.find_cxx() is None:
         sys.exit("jax_flashmla: a C++ compiler is needed to build the kernels: install g++.")
     os.environ["CUDACXX"] = nvcc[0]
+    libraries = os.path.join(os.path.dirname(os.path.dirname(nvcc[0])), "lib")
+    if os.path.exists(os.path.join(libraries, "libcudart_static.a")):
+        # NVIDIA's wheel: its nvcc looks in lib64, which the wheel does not have.
+        inherited = os.environ.get("LIBRARY_PATH", "")
+        os.environ["LIBRARY_PATH"] = os.pathsep.join(filter(None, [libraries, inherited]))
     return settings
 
 
