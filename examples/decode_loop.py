@@ -149,7 +149,8 @@ def textbook_step(layer, tokens, length):
     scores = jnp.einsum("hn,thn->ht", query[:, :NOPE], keys[tokens])
     scores = (scores + q_rope @ k_rope.T) * SOFTMAX_SCALE
     weights = jax.nn.softmax(jnp.where(positions < length, scores, -jnp.inf), axis=-1)
-    return jnp.einsum("ht,thv,hvd->d", weights, values[tokens], layer.output)
+    per_head = jnp.einsum("ht,thv->hv", weights, values[tokens])
+    return jnp.einsum("hv,hvd->d", per_head, layer.output)
 
 
 def step_cost(layer, lengths):

@@ -1,4 +1,4 @@
-"""How a JAX primitive is declared here: the only module that touches JAX's lesser-known APIs.
+"""How a JAX primitive is declared here: the only module that uses jax.extend and jax.interpreters.
 
 Every operation is two primitives:
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import types
+import unittest
 from unittest import mock
 
 from absl.testing import absltest, parameterized
@@ -14,7 +15,7 @@ TOOLS = pathlib.Path(__file__).parent.parent / "tools"
 GIB = 2**30
 
 if not TOOLS.is_dir():
-    raise absltest.SkipTest("tests run without the repository's tools")
+    raise unittest.SkipTest("tests run without the repository's tools")
 sys.path.insert(0, str(TOOLS))
 import setup_env  # noqa: E402
 import toolchain  # noqa: E402
