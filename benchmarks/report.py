@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import subprocess
 
 import jax
@@ -87,7 +88,10 @@ def write(name: str, what: str, rows: list[dict], directory: str | None) -> None
     path = pathlib.Path(directory or RESULTS) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {"what": what, "environment": environment(), "rows": rows}
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    text = json.dumps(record, indent=1)
+    # Lists of samples on one line, so that a diff shows rows.
+    text = re.sub(r"\[[^\[\]{}]*\]", lambda numbers: " ".join(numbers[0].split()), text)
+    path.write_text(text + "\n")
     print(f"wrote {path}")
 
 

@@ -211,9 +211,13 @@ def main():
 
         task = progress.add_task("check", total=args.sequences)
         largest, error = 0.0, 0.0
+        # On the CPU, wherever the loop ran: another device, and float32 is float32 there.
+        operands = jax.device_put((layer, tokens, lengths), jax.local_devices(backend="cpu")[0])
+        cpu_layer, cpu_tokens, cpu_lengths = operands
         with jax.default_matmul_precision("highest"):
             for i in range(args.sequences):
-                want = np.asarray(textbook_step(layer, tokens[i], lengths[i] + args.steps))
+                want = textbook_step(cpu_layer, cpu_tokens[i], cpu_lengths[i] + args.steps)
+                want = np.asarray(want)
                 got = np.asarray(out[i], np.float32)
                 # NaN must not pass: np.maximum keeps it, max() may not.
                 error = float(np.maximum(error, np.abs(got - want).max()))

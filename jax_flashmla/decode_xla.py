@@ -17,19 +17,19 @@ from jax_flashmla.arguments import LATENT_DIM
 class Walk:
     """How a platform walks the pages."""
 
-    tokens_per_step: int  # over all sequences together
+    tokens_per_step: int  # at most, over all sequences together
+    # At least; so that a step's temporaries (pages, their scores and weights, copies in other
+    # layouts or types) stay below an eighth of the gathered cache.
+    steps_per_table: int
     compute_dtype: jnp.dtype | None  # of the products' operands; None: as the cache
 
 
-# A step's pages fit a large device's appetite, or a CPU's caches. XLA:CPU multiplies float32: for
-# some shapes it fails at run time on bfloat16 operands (jaxlib 0.10 to 0.12: "Unsupported element
-# type for DotThunk::Execute: BF16 x BF16 = F32").
-ACCELERATOR_WALK = Walk(tokens_per_step=2**20, compute_dtype=None)
-CPU_WALK = Walk(tokens_per_step=2048, compute_dtype=jnp.float32)
-# A step reads at most this share of the table, so that its temporaries (the pages, their scores and
-# weights, and copies in other layouts) stay below an eighth of the gathered cache. Larger steps
-# would be faster on a GPU, where each costs some 45 µs of launches.
-MIN_STEPS_PER_TABLE = 16
+# A step costs some 45 µs of launches on a GPU: few, large ones.
+ACCELERATOR_WALK = Walk(tokens_per_step=2**20, steps_per_table=16, compute_dtype=None)
+# Small steps, which stay in a CPU's caches. XLA:CPU multiplies float32: for some shapes it fails at
+# run time on bfloat16 operands (jaxlib 0.10 to 0.12: "Unsupported element type for
+# DotThunk::Execute: BF16 x BF16 = F32").
+CPU_WALK = Walk(tokens_per_step=2048, steps_per_table=64, compute_dtype=jnp.float32)
 
 # Where a row has seen no key yet. Finite, so that exp(-inf - start) is 0 and never NaN.
 START_MAX = float(jnp.finfo(jnp.float32).min)
@@ -70,7 +70,7 @@ def decode_xla(q, k_cache, block_table, cache_seqlens, *, softmax_scale, causal,
         visible = visible - s_q + 1 + jnp.arange(s_q, dtype=jnp.int32)
 
     pages_per_step = walk.tokens_per_step // (max(batch, 1) * page)
-    pages_per_step = max(1, min(pages_per_step, max_blocks // MIN_STEPS_PER_TABLE))
+    pages_per_step = max(1, min(pages_per_step, max_blocks // walk.steps_per_table))
     tokens = pages_per_step * page
     block_table = jnp.pad(block_table, ((0, 0), (0, -max_blocks % pages_per_step)))
 
