@@ -6,10 +6,12 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import core
 
 from jax_flashmla import arguments, decode_xla, native
 from jax_flashmla.arguments import HEAD_DIM, LATENT_DIM, PAGE_BLOCK_SIZE, ROPE_DIM
+from jax_flashmla.metadata import get_mla_metadata
 from jax_flashmla.planner import METADATA_COLUMNS
 from jax_flashmla.primitive import define_primitive, lower_as_jax
 
@@ -254,11 +256,50 @@ def _xla_lowering(walk):
     return lower_as_jax(functools.partial(_decode_local_xla, walk=walk))
 
 
+def _decode_local_cuda(*operands, config):
+    q, (k_cache, block_table, cache_seqlens), metadata = config.split_operands(operands)
+    groups, batch, s_q, h_q, _ = q[0].shape
+    h_kv = k_cache.shape[3]
+    rows = s_q * h_q // h_kv
+    if not metadata:
+        metadata = get_mla_metadata(cache_seqlens, rows, h_kv)
+    slots = batch + metadata[0].shape[1]  # of partial results; one more than a plan can use
+    call = jax.ffi.ffi_call(
+        native.FFI_TARGETS["decode"],
+        [
+            *_abstract(*operands, config=config),
+            jax.ShapeDtypeStruct((groups, slots, h_kv, rows, LATENT_DIM), jnp.float32),
+            jax.ShapeDtypeStruct((groups, slots, h_kv, rows), jnp.float32),
+        ],
+    )
+    out, lse, *_workspace = call(
+        q[0],
+        q[-1],
+        k_cache,
+        block_table,
+        cache_seqlens,
+        *metadata,
+        softmax_scale=np.float32(config.softmax_scale),
+        causal=config.causal,
+    )
+    return out, lse
+
+
+_accelerator_lowering = _xla_lowering(decode_xla.ACCELERATOR_WALK)
+_kernel_lowering = lower_as_jax(_decode_local_cuda)
+
+
+def _cuda_lowering(ctx, *operands, config):
+    chosen = native.chosen_implementation("decode", config.implementation)
+    lowering = _kernel_lowering if chosen == "cuda" else _accelerator_lowering
+    return lowering(ctx, *operands, config=config)
+
+
 decode_local_p = define_primitive(
     "mla_decode_local",
     abstract=_abstract,
-    lowering=_xla_lowering(decode_xla.ACCELERATOR_WALK),
-    platform_lowerings={"cpu": _xla_lowering(decode_xla.CPU_WALK)},
+    lowering=_accelerator_lowering,
+    platform_lowerings={"cpu": _xla_lowering(decode_xla.CPU_WALK), "cuda": _cuda_lowering},
 )
 decode_p = define_primitive(
     "mla_decode", abstract=_abstract, lowering=lower_as_jax(_decode), batcher=_batcher

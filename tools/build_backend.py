@@ -25,7 +25,7 @@ __all__ = [
 
 # jaxlib: the oldest supported one, exactly. Handlers built against older FFI headers run on newer
 # jaxlibs; the reverse is refused when the backend initialises.
-NATIVE_REQUIREMENTS = ["jaxlib==0.10.0", "nanobind==2.15.0"]
+NATIVE_REQUIREMENTS = ["jaxlib==0.10.0", "nanobind==2.15.0", "nvidia-cutlass==4.2.0.0"]
 
 
 def wants_cuda():

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cuda/bench/graph_timer.h"
+#include "cuda/decode.h"
 #include "cuda/plan.h"
 
 namespace nb = nanobind;
@@ -61,6 +62,51 @@ std::vector<float> time_plan(HostLengths cache_seqlens, int num_parts, int overh
   return microseconds;
 }
 
+// Times decode on device arrays that the caller keeps alive, given by their addresses
+// (jax.Array.unsafe_buffer_pointer) in the order q, k_cache, block_table, cache_seqlens,
+// tile_scheduler_metadata, num_splits, out, lse, partial_out, partial_lse.
+// One group, bfloat16, whole queries. `combine`: time both kernels, or the split kernel alone.
+std::vector<float> time_decode(const std::vector<uintptr_t>& operands, int batch, int s_q, int h_q,
+                               int h_kv, int num_blocks, int max_blocks, int num_parts, int slots,
+                               bool combine, int launches, int replays) {
+  if (operands.size() != 10) throw std::invalid_argument("expected the addresses of 10 arrays");
+  const auto pointer = [&](int i) { return reinterpret_cast<void*>(operands[i]); };
+  const auto ints = [&](int i) { return static_cast<const int32_t*>(pointer(i)); };
+  const DecodeParams params = {
+      .dtype = DType::kBFloat16,
+      .q_nope = pointer(0),
+      .q_rope = static_cast<const uint16_t*>(pointer(0)) + kLatentDim,
+      .q_nope_stride = kHeadDim,
+      .q_rope_stride = kHeadDim,
+      .k_cache = pointer(1),
+      .block_table = ints(2),
+      .cache_seqlens = ints(3),
+      .tile_scheduler_metadata = ints(4),
+      .num_splits = ints(5),
+      .out = pointer(6),
+      .lse = static_cast<float*>(pointer(7)),
+      .partial_out = static_cast<float*>(pointer(8)),
+      .partial_lse = static_cast<float*>(pointer(9)),
+      .groups = 1,
+      .batch = batch,
+      .s_q = s_q,
+      .h_q = h_q,
+      .h_kv = h_kv,
+      .num_blocks = num_blocks,
+      .max_blocks = max_blocks,
+      .num_parts = num_parts,
+      .slots = slots,
+      .softmax_scale = 1.0f / 24,
+      .causal = true,
+  };
+  std::vector<float> microseconds;
+  const auto launch = [&](cudaStream_t stream) {
+    return combine ? launch_decode(params, stream) : launch_split(params, stream);
+  };
+  check(time_in_graph(launch, launches, replays, microseconds));
+  return microseconds;
+}
+
 }  // namespace
 
 void bind_benchmarks(nb::module_& module) {
@@ -68,6 +114,10 @@ void bind_benchmarks(nb::module_& module) {
   module.def("time_plan", &time_plan, "cache_seqlens"_a, nb::kw_only(), "num_parts"_a,
              "overhead_blocks"_a, "min_split_blocks"_a, "max_blocks"_a, "launches"_a, "replays"_a,
              "Microseconds per launch of the planner, one sample per replay of a CUDA graph.");
+  module.def("time_decode", &time_decode, "operands"_a, nb::kw_only(), "batch"_a, "s_q"_a, "h_q"_a,
+             "h_kv"_a, "num_blocks"_a, "max_blocks"_a, "num_parts"_a, "slots"_a, "combine"_a,
+             "launches"_a, "replays"_a,
+             "Microseconds per decode, one sample per replay of a CUDA graph.");
 }
 
 }  // namespace jax_flashmla

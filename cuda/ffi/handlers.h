@@ -5,4 +5,5 @@
 
 extern "C" {
 XLA_FFI_Error* jax_flashmla_plan(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* jax_flashmla_decode(XLA_FFI_CallFrame* call_frame);
 }

@@ -20,6 +20,7 @@ NB_MODULE(_native, m) {
   m.def("handlers", [] {
     nb::dict handlers;
     handlers["plan"] = to_capsule(jax_flashmla_plan);
+    handlers["decode"] = to_capsule(jax_flashmla_decode);
     return handlers;
   });
   m.def("ffi_version", [] { return std::make_pair(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); });

@@ -1,0 +1,141 @@
+// What the roles of the split kernel share: the shared memory plan, the barriers, the work items.
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+
+#include <cute/tensor.hpp>
+
+#include "cuda/decode.h"
+
+namespace jax_flashmla {
+
+using namespace cute;
+
+inline constexpr int kBlock = 64;                    // keys of a block
+inline constexpr int kTiles = kHeadDim / 64;         // 64 x 64 tiles of a block
+inline constexpr int kValueTiles = kLatentDim / 64;  // of them also values
+inline constexpr int kHalfTiles = kValueTiles / 2;   // owned by one consumer warpgroup
+inline constexpr int kRopeTile = kTiles - 1;
+inline constexpr int kTileElements = 64 * 64;
+inline constexpr int kTileBytes = kTileElements * 2;
+
+// The warpgroups of a CTA. "Left" and "right" are the halves of the output's columns that they own;
+// left computes the scores of blocks 0, 2, 4, ... of a sequence, right those of 1, 3, 5, ...
+enum Role { kLeft = 0, kRight = 1, kLoader = 2 };
+inline constexpr int kWarpgroup = 128;
+inline constexpr int kConsumers = 2 * kWarpgroup;
+inline constexpr int kThreads = 3 * kWarpgroup;
+
+// One 64 x 64 tile, rows of 128 bytes, swizzled: what TMA writes and wgmma reads.
+template <typename Element>
+using TileLayout = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<Element>{}, Shape<_64, _64>{}));
+template <typename Element>
+using BlockLayout =
+    decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<Element>{}, Shape<_64, Int<kHeadDim>>{}));
+// Half of a block's values, seen as B of the second product: (value column, key).
+template <typename Element>
+using ValueLayout = decltype(composition(
+    tile_to_shape(GMMA::Layout_K_SW128_Atom<Element>{}, Shape<_64, Int<kHalfTiles * 64>>{}),
+    make_layout(Shape<Int<kHalfTiles * 64>, _64>{}, Stride<_64, _1>{})));
+
+using FullBarrier = cutlass::arch::ClusterTransactionBarrier;
+using EmptyBarrier = cutlass::arch::ClusterBarrier;
+
+template <typename Element>
+struct SharedMemory {
+  alignas(1024) Element q[kTiles][kTileElements];
+  // Two blocks. Once a block's scores are computed, its rotary tile holds their weights P.
+  alignas(1024) Element k[2][kTiles][kTileElements];
+  float left_max[kRowTile];     // running maxima after a left block
+  float right_max[kRowTile];    // ... and after the right block of the same pair
+  float row_sums[2][kRowTile];  // of each warpgroup's blocks
+  FullBarrier full[2][kTiles];  // the loader's copy of a tile has landed
+  EmptyBarrier empty[2][2];     // [block][half]: its owner has read it for the last time
+};
+static_assert(sizeof(SharedMemory<cutlass::bfloat16_t>) <= 232448, "an SM has 227 KiB");
+
+// Named barriers.
+enum class Sync : uint32_t {
+  kLeftMax,       // left arrives, right waits: left_max is written
+  kRightWeights,  // right arrives, left waits: right_max and P of the right block are written
+  kLeftWeights,   // left arrives, right waits: P of the left block is written, rescaled
+  kLeftOnly,      // all of left: the rows past the end are cleared
+  kRightOnly,     // all of right: the same
+  kConsumers,     // both: q or row_sums are written, or read for the last time
+};
+
+__device__ __forceinline__ void sync(Sync barrier, int threads) {
+  cutlass::arch::NamedBarrier::sync(threads, static_cast<uint32_t>(barrier));
+}
+__device__ __forceinline__ void arrive(Sync barrier, int threads) {
+  cutlass::arch::NamedBarrier::arrive(threads, static_cast<uint32_t>(barrier));
+}
+
+// How often the barriers of each of the two block buffers have been waited for.
+struct Phases {
+  uint32_t uses[2] = {0, 0};
+  __device__ uint32_t parity(int stage) const { return uses[stage] & 1; }
+};
+
+// What one CTA does: a row tile of a KV head, over one partition of the plan.
+struct Work {
+  int group;
+  int head;  // KV head
+  int tile;
+  int begin_seq, begin_block, end_seq, end_block, begin_split;
+};
+
+__device__ __forceinline__ Work find_work(const DecodeParams& p) {
+  // Row tiles first: CTAs that run side by side read the same keys.
+  int64_t index = blockIdx.x;
+  Work work;
+  work.tile = static_cast<int>(index % p.row_tiles());
+  index /= p.row_tiles();
+  work.head = static_cast<int>(index % p.h_kv);
+  index /= p.h_kv;
+  const int part = static_cast<int>(index % p.num_parts);
+  work.group = static_cast<int>(index / p.num_parts);
+  const int4* row = reinterpret_cast<const int4*>(
+      p.tile_scheduler_metadata + (static_cast<int64_t>(work.group) * p.num_parts + part) * 8);
+  const int4 range = row[0];
+  // Any metadata keeps the kernel inside its buffers.
+  work.begin_seq = min(max(range.x, 0), p.batch);
+  work.begin_block = max(range.y, 0);
+  work.end_seq = min(max(range.z, 0), p.batch);
+  work.end_block = work.end_seq < p.batch ? max(range.w, 0) : 0;
+  work.begin_split = max(row[1].x, 0);
+  return work;
+}
+
+// One sequence of the partition: its blocks [first, last) and where the result goes.
+struct Item {
+  int seq;
+  int length;
+  int first;
+  int last;
+  int slot;  // of the partial result; -1: the result is whole
+
+  __device__ int blocks() const { return last - first; }
+};
+
+__device__ __forceinline__ bool has_item(const Work& work, int seq) {
+  return seq < work.end_seq || (seq == work.end_seq && work.end_block > 0);
+}
+
+__device__ __forceinline__ Item find_item(const DecodeParams& p, const Work& work, int seq) {
+  const int64_t group_seq = static_cast<int64_t>(work.group) * p.batch + seq;
+  Item item;
+  item.seq = seq;
+  item.length = min(max(p.cache_seqlens[group_seq], 0), p.max_blocks * kBlock);
+  const int blocks = (item.length + kBlock - 1) / kBlock;
+  item.first = seq == work.begin_seq ? min(work.begin_block, blocks) : 0;
+  item.last = seq == work.end_seq ? min(work.end_block, blocks) : blocks;
+  item.last = max(item.first, item.last);
+  const int32_t* splits = p.num_splits + static_cast<int64_t>(work.group) * (p.batch + 1) + seq;
+  const int split = seq == work.begin_seq ? work.begin_split : 0;
+  const int slot = min(max(splits[0], 0) + split, p.slots - 1);
+  item.slot = splits[1] - splits[0] > 1 ? slot : -1;
+  return item;
+}
+
+}  // namespace jax_flashmla

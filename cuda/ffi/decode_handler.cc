@@ -1,0 +1,131 @@
+#include <string>
+
+#include "cuda/decode.h"
+#include "cuda/ffi/handlers.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_flashmla {
+namespace {
+
+namespace ffi = xla::ffi;
+
+constexpr int64_t kLimit = 1 << 30;
+
+bool has_shape(const ffi::AnyBuffer& buffer, std::initializer_list<int64_t> expected) {
+  const auto dimensions = buffer.dimensions();
+  return std::equal(dimensions.begin(), dimensions.end(), expected.begin(), expected.end());
+}
+
+// A whole query comes twice, as q_nope and q_rope; a pair as it is.
+// Shapes were checked in Python; here again what keeps the kernels inside their buffers.
+ffi::Error decode(cudaStream_t stream, ffi::AnyBuffer q_nope, ffi::AnyBuffer q_rope,
+                  ffi::AnyBuffer k_cache, ffi::AnyBuffer block_table, ffi::AnyBuffer cache_seqlens,
+                  ffi::AnyBuffer tile_scheduler_metadata, ffi::AnyBuffer num_splits,
+                  float softmax_scale, bool causal, ffi::Result<ffi::AnyBuffer> out,
+                  ffi::Result<ffi::AnyBuffer> lse, ffi::Result<ffi::AnyBuffer> partial_out,
+                  ffi::Result<ffi::AnyBuffer> partial_lse) {
+  const auto misfit = [](const char* what) {
+    return ffi::Error::InvalidArgument(std::string("jax_flashmla_decode: ") + what);
+  };
+  const auto q = q_nope.dimensions();
+  const auto cache = k_cache.dimensions();
+  const auto table = block_table.dimensions();
+  const auto metadata = tile_scheduler_metadata.dimensions();
+  const auto partial = partial_lse->dimensions();
+  if (q.size() != 5 || cache.size() != 5 || table.size() != 3 || metadata.size() != 3 ||
+      partial.size() != 4) {
+    return misfit("ranks do not fit");
+  }
+  const int64_t groups = q[0], batch = q[1], s_q = q[2], h_q = q[3], width = q[4];
+  const int64_t h_kv = cache[3], slots = partial[1];
+  for (const auto& dimensions : {q, cache, table, metadata, partial}) {
+    for (const int64_t extent : dimensions) {
+      if (extent < 0 || extent >= kLimit) return misfit("an extent is too large");
+    }
+  }
+  if (h_kv == 0 || s_q == 0 || h_q == 0 || h_q % h_kv != 0 || cache[1] == 0 || metadata[1] == 0) {
+    return misfit("an extent is zero, or h_q no multiple of h_kv");
+  }
+  const bool whole = width == kHeadDim;
+  const int64_t rows = s_q * (h_q / h_kv);
+  const bool shapes_fit =
+      (whole ? has_shape(q_rope, {groups, batch, s_q, h_q, kHeadDim})
+             : width == kLatentDim &&
+                   has_shape(q_rope, {groups, batch, s_q, h_q, kHeadDim - kLatentDim})) &&
+      has_shape(k_cache, {groups, cache[1], 64, h_kv, kHeadDim}) &&
+      has_shape(block_table, {groups, batch, table[2]}) &&
+      has_shape(cache_seqlens, {groups, batch}) &&
+      has_shape(tile_scheduler_metadata, {groups, metadata[1], 8}) &&
+      has_shape(num_splits, {groups, batch + 1}) &&
+      has_shape(*out, {groups, batch, s_q, h_q, kLatentDim}) &&
+      has_shape(*lse, {groups, batch, h_q, s_q}) &&
+      has_shape(*partial_out, {groups, slots, h_kv, rows, kLatentDim}) &&
+      has_shape(*partial_lse, {groups, slots, h_kv, rows}) && slots >= batch + metadata[1] - 1 &&
+      table[2] < kLimit / 64;
+  if (!shapes_fit) return misfit("shapes do not fit");
+
+  const auto dtype = q_nope.element_type();
+  const bool types_fit =
+      (dtype == ffi::BF16 || dtype == ffi::F16) && q_rope.element_type() == dtype &&
+      k_cache.element_type() == dtype && out->element_type() == dtype &&
+      block_table.element_type() == ffi::S32 && cache_seqlens.element_type() == ffi::S32 &&
+      tile_scheduler_metadata.element_type() == ffi::S32 && num_splits.element_type() == ffi::S32 &&
+      lse->element_type() == ffi::F32 && partial_out->element_type() == ffi::F32 &&
+      partial_lse->element_type() == ffi::F32;
+  if (!types_fit) return misfit("dtypes do not fit");
+
+  const auto* rope = static_cast<const uint16_t*>(q_rope.untyped_data());
+  const DecodeParams params = {
+      .dtype = dtype == ffi::BF16 ? DType::kBFloat16 : DType::kFloat16,
+      .q_nope = q_nope.untyped_data(),
+      .q_rope = whole ? rope + kLatentDim : rope,
+      .q_nope_stride = static_cast<int>(width),
+      .q_rope_stride = whole ? kHeadDim : kHeadDim - kLatentDim,
+      .k_cache = k_cache.untyped_data(),
+      .block_table = static_cast<const int32_t*>(block_table.untyped_data()),
+      .cache_seqlens = static_cast<const int32_t*>(cache_seqlens.untyped_data()),
+      .tile_scheduler_metadata =
+          static_cast<const int32_t*>(tile_scheduler_metadata.untyped_data()),
+      .num_splits = static_cast<const int32_t*>(num_splits.untyped_data()),
+      .out = out->untyped_data(),
+      .lse = static_cast<float*>(lse->untyped_data()),
+      .partial_out = static_cast<float*>(partial_out->untyped_data()),
+      .partial_lse = static_cast<float*>(partial_lse->untyped_data()),
+      .groups = static_cast<int>(groups),
+      .batch = static_cast<int>(batch),
+      .s_q = static_cast<int>(s_q),
+      .h_q = static_cast<int>(h_q),
+      .h_kv = static_cast<int>(h_kv),
+      .num_blocks = static_cast<int>(cache[1]),
+      .max_blocks = static_cast<int>(table[2]),
+      .num_parts = static_cast<int>(metadata[1]),
+      .slots = static_cast<int>(slots),
+      .softmax_scale = softmax_scale,
+      .causal = causal,
+  };
+  const cudaError_t error = launch_decode(params, stream);
+  if (error == cudaSuccess) return ffi::Error::Success();
+  return ffi::Error::Internal(std::string("jax_flashmla_decode: ") + cudaGetErrorString(error));
+}
+
+}  // namespace
+}  // namespace jax_flashmla
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_flashmla_decode, jax_flashmla::decode,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
+                                  .Arg<xla::ffi::AnyBuffer>()  // q_nope
+                                  .Arg<xla::ffi::AnyBuffer>()  // q_rope
+                                  .Arg<xla::ffi::AnyBuffer>()  // k_cache
+                                  .Arg<xla::ffi::AnyBuffer>()  // block_table
+                                  .Arg<xla::ffi::AnyBuffer>()  // cache_seqlens
+                                  .Arg<xla::ffi::AnyBuffer>()  // tile_scheduler_metadata
+                                  .Arg<xla::ffi::AnyBuffer>()  // num_splits
+                                  .Attr<float>("softmax_scale")
+                                  .Attr<bool>("causal")
+                                  .Ret<xla::ffi::AnyBuffer>()  // out
+                                  .Ret<xla::ffi::AnyBuffer>()  // lse
+                                  .Ret<xla::ffi::AnyBuffer>()  // partial_out: workspace
+                                  .Ret<xla::ffi::AnyBuffer>()  // partial_lse: workspace
+                              ,
+                              {xla::ffi::Traits::kCmdBufferCompatible});
