@@ -25,6 +25,8 @@ enum Role { kLeft = 0, kRight = 1, kLoader = 2 };
 inline constexpr int kWarpgroup = 128;
 inline constexpr int kConsumers = 2 * kWarpgroup;
 inline constexpr int kThreads = 3 * kWarpgroup;
+// Of the loader warpgroup, one thread copies keys and three warps copy queries.
+inline constexpr int kQueryLoaders = kWarpgroup - 32;
 
 // One 64 x 64 tile, rows of 128 bytes, swizzled: what TMA writes and wgmma reads.
 template <typename Element>
@@ -46,31 +48,27 @@ struct SharedMemory {
   alignas(1024) Element q[kTiles][kTileElements];
   // Two blocks. Once a block's scores are computed, its rotary tile holds their weights P.
   alignas(1024) Element k[2][kTiles][kTileElements];
-  float left_max[kRowTile];     // running maxima after a left block
-  float right_max[kRowTile];    // ... and after the right block of the same pair
-  float row_sums[2][kRowTile];  // of each warpgroup's blocks
-  FullBarrier full[2][kTiles];  // the loader's copy of a tile has landed
-  EmptyBarrier empty[2][2];     // [block][half]: its owner has read it for the last time
+  float row_max[2][kRowTile];      // the running maximum after the last block of [buffer]
+  float row_sums[2][2][kRowTile];  // [sequence parity][warpgroup]: over its own blocks
+  FullBarrier full[2][kTiles];     // the loader's copy of a tile has landed
+  EmptyBarrier empty[2][2];        // [buffer][half]: its owner has read it for the last time
+  EmptyBarrier weights[2];         // [buffer]: P and row_max of the block in it are written
+  bool landed[2];                  // [warpgroup]: its next block came before the other's weights
+  EmptyBarrier q_full;             // the query loaders have written q
+  EmptyBarrier q_empty;            // both consumers have computed all their scores with q
 };
 static_assert(sizeof(SharedMemory<cutlass::bfloat16_t>) <= 232448, "an SM has 227 KiB");
 
 // Named barriers.
 enum class Sync : uint32_t {
-  kLeftMax,       // left arrives, right waits: left_max is written
-  kRightWeights,  // right arrives, left waits: right_max and P of the right block are written
-  kLeftWeights,   // left arrives, right waits: P of the left block is written, rescaled
-  kLeftOnly,      // all of left: the rows past the end are cleared
-  kRightOnly,     // all of right: the same
-  kConsumers,     // both: q or row_sums are written, or read for the last time
+  kLeftOnly,   // all of left: the rows past the end are cleared, `landed` is written
+  kRightOnly,  // all of right: the same
+  kConsumers,  // both: row_sums are written
 };
 
 __device__ __forceinline__ void sync(Sync barrier, int threads) {
   cutlass::arch::NamedBarrier::sync(threads, static_cast<uint32_t>(barrier));
 }
-__device__ __forceinline__ void arrive(Sync barrier, int threads) {
-  cutlass::arch::NamedBarrier::arrive(threads, static_cast<uint32_t>(barrier));
-}
-
 // How often the barriers of each of the two block buffers have been waited for.
 struct Phases {
   uint32_t uses[2] = {0, 0};

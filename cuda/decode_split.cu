@@ -33,6 +33,7 @@ using OtherMma =
 template <typename Element>
 __device__ void load_tiles(const CUtensorMap* map, SharedMemory<Element>& smem, const Work& work,
                            int page, int stage, int first_tile, int count) {
+#pragma unroll 1
   for (int tile = first_tile; tile < first_tile + count; ++tile) {
     FullBarrier& barrier = smem.full[stage][tile];
     barrier.arrive_and_expect_tx(kTileBytes);
@@ -77,6 +78,67 @@ __device__ void run_loader(const DecodeParams& p, const CUtensorMap* map,
   }
 }
 
+// Where row `row` of all the tile's query rows lies in [.., s_q, h_q, ..].
+__device__ __forceinline__ int64_t query_index(const DecodeParams& p, const Work& work, int seq,
+                                               int row) {
+  const int64_t group_seq = static_cast<int64_t>(work.group) * p.batch + seq;
+  const int64_t first = group_seq * p.s_q * p.h_q;
+  if (p.h_kv == 1) return first + row;  // spares a division
+  const int token = row / p.heads_per_kv();
+  const int head = work.head * p.heads_per_kv() + row % p.heads_per_kv();
+  return first + int64_t{token} * p.h_q + head;
+}
+
+__device__ __forceinline__ void copy_16_bytes(uint32_t target, const void* source) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source));
+}
+
+// Three warps: copy the row tile's queries of each sequence into the tiles that wgmma reads. Rows
+// that do not exist are zeroed once; no sequence writes them.
+template <typename Element>
+__device__ void run_query_loader(const DecodeParams& p, SharedMemory<Element>& smem,
+                                 const Work& work, int thread) {
+  constexpr int kWarps = kQueryLoaders / 32;
+  const int lane = thread % 32;
+  const int rows = min(p.num_rows() - work.tile * kRowTile, kRowTile);
+  const uint32_t q = cast_smem_ptr_to_uint(&smem.q[0][0]);
+  // A row is 72 vectors of 16 bytes, 8 in each tile, swizzled. A warp takes a row, a thread its
+  // vectors lane, lane + 32 and, for the rotary tile, lane + 64.
+  const auto target = [&](int row, int tile) {
+    return q + tile * kTileBytes + row * 128 + ((lane % 8 ^ row % 8) * 16);
+  };
+#pragma unroll 1
+  for (int row = rows + thread / 32; row < kRowTile; row += kWarps) {
+    for (int tile = lane / 8; tile < kTiles; tile += 4) {
+      asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(target(row, tile)), "r"(0));
+    }
+  }
+  uint32_t parity = 1;
+#pragma unroll 1
+  for (int seq = work.begin_seq; has_item(work, seq); ++seq) {
+    smem.q_empty.wait(parity);
+    parity ^= 1;
+    const int first_row = work.tile * kRowTile + thread / 32;
+    const char* nope = static_cast<const char*>(p.q_nope) + lane * 16;
+    const char* rope = static_cast<const char*>(p.q_rope) + lane * 16;
+    const int64_t nope_bytes = p.q_nope_stride * 2;
+    const int64_t rope_bytes = p.q_rope_stride * 2;
+    int64_t index = query_index(p, work, seq, first_row);
+#pragma unroll 2
+    for (int row = thread / 32; row < rows; row += kWarps) {
+      const char* source = nope + index * nope_bytes;
+      copy_16_bytes(target(row, lane / 8), source);
+      copy_16_bytes(target(row, lane / 8 + 4), source + 512);
+      if (lane < 8) copy_16_bytes(target(row, kRopeTile), rope + index * rope_bytes);
+      index = p.h_kv == 1 ? index + kWarps
+                          : query_index(p, work, seq, work.tile * kRowTile + row + kWarps);
+    }
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    cutlass::arch::fence_view_async_shared();
+    smem.q_full.arrive();
+  }
+}
+
 // ------------------------------------------------------------------------------------- consumers
 
 // A consumer thread's view: two rows of the tile, eight apart.
@@ -88,46 +150,12 @@ struct Rows {
   __device__ int row(int i) const { return first + 8 * i; }
 };
 
-// Where row `row` of all the tile's query rows lies in [.., s_q, h_q, ..].
-__device__ __forceinline__ int64_t query_index(const DecodeParams& p, const Work& work, int seq,
-                                               int row) {
-  const int64_t group_seq = static_cast<int64_t>(work.group) * p.batch + seq;
-  const int token = row / p.heads_per_kv();
-  const int head = work.head * p.heads_per_kv() + row % p.heads_per_kv();
-  return (group_seq * p.s_q + token) * p.h_q + head;
-}
-
-// Both consumers: copies the tile's query rows into shared memory, zeros where there are none.
-template <typename Element>
-__device__ void load_q(const DecodeParams& p, SharedMemory<Element>& smem, const Work& work,
-                       int seq, int thread) {
-  constexpr int kVector = 8;  // elements of 16 bytes
-  constexpr int kVectors = kHeadDim / kVector;
-  Tensor tile = make_tensor(make_smem_ptr(&smem.q[0][0]), BlockLayout<Element>{});
-  for (int i = thread; i < kRowTile * kVectors; i += kConsumers) {
-    const int row = i / kVectors;
-    const int column = i % kVectors * kVector;
-    const int query_row = work.tile * kRowTile + row;
-    uint4 values = make_uint4(0, 0, 0, 0);
-    if (query_row < p.num_rows()) {
-      const int64_t index = query_index(p, work, seq, query_row);
-      const Element* source =
-          column < kLatentDim
-              ? static_cast<const Element*>(p.q_nope) + index * p.q_nope_stride + column
-              : static_cast<const Element*>(p.q_rope) + index * p.q_rope_stride + column -
-                    kLatentDim;
-      values = __ldg(reinterpret_cast<const uint4*>(source));
-    }
-    *reinterpret_cast<uint4*>(&tile(row, column)) = values;
-  }
-  cutlass::arch::fence_view_async_shared();
-}
-
 // Zeroes the values of keys past the end, which may be NaN: 0 * NaN would reach the output.
 template <typename Element>
-__device__ void clear_past_end(SharedMemory<Element>& smem, int stage, int valid, int thread,
-                               Sync own_barrier) {
+__device__ __forceinline__ void clear_past_end(SharedMemory<Element>& smem, int stage, int valid,
+                                               int thread) {
   constexpr int kVectors = kTiles * 8;  // of 16 bytes in a row
+#pragma unroll 1
   for (int i = thread; i < (kBlock - valid) * kVectors; i += kWarpgroup) {
     const int row = valid + i / kVectors;
     const int vector = i % kVectors;
@@ -136,17 +164,25 @@ __device__ void clear_past_end(SharedMemory<Element>& smem, int stage, int valid
     tile[row * 8 + vector % 8] = make_uint4(0, 0, 0, 0);
   }
   cutlass::arch::fence_view_async_shared();
-  sync(own_barrier, kWarpgroup);
 }
 
-// S = Q K^T for the block in buffer `stage`, tile by tile as they land.
-template <typename Element, typename Scores>
-__device__ void compute_scores(SharedMemory<Element>& smem, int stage, uint32_t parity, int thread,
-                               Scores& scores) {
+// Zero, in a way that the compiler cannot move out of a loop: descriptors built from an address
+// that it can hoist are all kept in registers, and something else is spilled.
+__device__ __forceinline__ int opaque_zero() {
+  int zero;
+  asm volatile("mov.u32 %0, 0;" : "=r"(zero));
+  return zero;
+}
+
+// Issues S = Q K^T for the block in buffer `kStage`, tile by tile as they land.
+template <int kStage, typename Element, typename Scores>
+__device__ __forceinline__ void issue_scores(SharedMemory<Element>& smem, uint32_t parity,
+                                             int thread, Scores& scores) {
   ScoresMma<Element> mma;
   const auto slice = mma.get_slice(thread);
-  Tensor q = make_tensor(make_smem_ptr(&smem.q[0][0]), BlockLayout<Element>{});
-  Tensor k = make_tensor(make_smem_ptr(&smem.k[stage][0][0]), BlockLayout<Element>{});
+  const int zero = opaque_zero();
+  Tensor q = make_tensor(make_smem_ptr(&smem.q[0][zero]), BlockLayout<Element>{});
+  Tensor k = make_tensor(make_smem_ptr(&smem.k[kStage][0][zero]), BlockLayout<Element>{});
   Tensor a = slice.partition_fragment_A(q);
   Tensor b = slice.partition_fragment_B(k);
   warpgroup_fence_operand(scores);
@@ -155,8 +191,8 @@ __device__ void compute_scores(SharedMemory<Element>& smem, int stage, uint32_t 
   constexpr int kOrder[2][kTiles] = {{0, 1, 2, 3, 4, 5, 6, 7, 8}, {4, 5, 6, 7, 8, 0, 1, 2, 3}};
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
-    const int tile = stage == 0 ? kOrder[0][i] : kOrder[1][i];
-    smem.full[stage][tile].wait(parity);
+    const int tile = kOrder[kStage][i];
+    smem.full[kStage][tile].wait(parity);
     warpgroup_arrive();
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
@@ -165,14 +201,13 @@ __device__ void compute_scores(SharedMemory<Element>& smem, int stage, uint32_t 
     }
   }
   warpgroup_commit_batch();
-  warpgroup_wait<0>();
-  warpgroup_fence_operand(scores);
 }
 
 // Scales the scores to base 2 and masks those past what each row may see.
 template <typename Scores>
-__device__ void scale_and_mask(const DecodeParams& p, const Work& work, const Item& item, int block,
-                               const Rows& rows, Scores& scores) {
+__device__ __forceinline__ void scale_and_mask(const DecodeParams& p, const Work& work,
+                                               const Item& item, int block, const Rows& rows,
+                                               Scores& scores) {
   const float scale = p.softmax_scale * kLog2E;
 #pragma unroll
   for (int i = 0; i < size(scores); ++i) scores(i) *= scale;
@@ -194,7 +229,7 @@ __device__ void scale_and_mask(const DecodeParams& p, const Work& work, const It
 
 // The larger of `start` and the row's scores, over the four threads that share a row.
 template <typename Scores>
-__device__ float row_max(const Scores& scores, int row, float start) {
+__device__ __forceinline__ float row_max(const Scores& scores, int row, float start) {
   float top = start;
 #pragma unroll
   for (int i = 0; i < 16; ++i) top = fmaxf(top, scores(i / 2 * 4 + row * 2 + i % 2));
@@ -204,7 +239,7 @@ __device__ float row_max(const Scores& scores, int row, float start) {
 
 // Scores become weights exp2(score - max); returns this thread's part of the row's sum.
 template <typename Scores>
-__device__ float exponentiate(Scores& scores, int row, float max) {
+__device__ __forceinline__ float exponentiate(Scores& scores, int row, float max) {
   float sum = 0;
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
@@ -217,56 +252,66 @@ __device__ float exponentiate(Scores& scores, int row, float max) {
 
 // Multiplies the rows of an accumulator by `factor`, unless nothing would change.
 template <typename Accumulator>
-__device__ void rescale(Accumulator& acc, const float (&factor)[2]) {
+__device__ __forceinline__ void rescale(Accumulator& acc, const float (&factor)[2]) {
   if (__all_sync(0xffffffffu, factor[0] == 1.0f && factor[1] == 1.0f)) return;
 #pragma unroll
   for (int i = 0; i < size(acc); ++i) acc(i) *= factor[i / 2 % 2];
 }
 
+// The weights as the A operand of the second product: an accumulator's registers, packed in pairs,
+// are the operand's, four steps of 16 keys.
+template <typename Element, typename Weights>
+__device__ __forceinline__ auto pack_weights(const Weights& weights) {
+  Tensor packed = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, _4>>{});
+#pragma unroll
+  for (int i = 0; i < size(packed); ++i) packed(i) = Element(weights(i));
+  return packed;
+}
+
 // Writes the weights of a block over its rotary tile, for the other warpgroup.
 template <typename Element, typename Weights>
-__device__ void store_weights(SharedMemory<Element>& smem, int stage, const Rows& rows,
-                              const Weights& weights) {
-  Tensor tile = make_tensor(make_smem_ptr(smem.k[stage][kRopeTile]), TileLayout<Element>{});
+__device__ __forceinline__ void store_weights(SharedMemory<Element>& smem, int stage,
+                                              const Rows& rows, const Weights& weights) {
+  Tensor pairs = recast<uint32_t>(weights);
+  // Row r, 16-byte vector v of the tile is at 128 r + 16 (v ^ r % 8): the swizzle of TileLayout.
+  char* tile = reinterpret_cast<char*>(smem.k[stage][kRopeTile]);
 #pragma unroll
-  for (int i = 0; i < 32; i += 2) {
-    const int row = rows.row(i / 2 % 2);
-    const int column = i / 4 * 8 + rows.column;
-    Element pair[2] = {Element(weights(i)), Element(weights(i + 1))};
-    *reinterpret_cast<uint32_t*>(&tile(row, column)) = *reinterpret_cast<uint32_t*>(pair);
+  for (int i = 0; i < 16; ++i) {
+    const int row = rows.row(i % 2);
+    const int vector = i / 2 ^ rows.first % 8;
+    *reinterpret_cast<uint32_t*>(tile + row * 128 + vector * 16 + rows.column * 2) = pairs(i);
   }
   cutlass::arch::fence_view_async_shared();
 }
 
-// O += P V: the warpgroup's half of the values, P from its registers.
+// Issues O += P V: the warpgroup's half of the values, P from its registers.
 template <typename Element, typename Weights, typename Accumulator>
-__device__ void add_own_values(SharedMemory<Element>& smem, int stage, int half, int thread,
-                               const Weights& weights, Accumulator& out) {
+__device__ __forceinline__ void issue_own_values(SharedMemory<Element>& smem, int stage, int half,
+                                                 int thread, const Weights& weights,
+                                                 Accumulator& out) {
   OwnMma<Element> mma;
   const auto slice = mma.get_slice(thread);
-  Tensor v = make_tensor(make_smem_ptr(smem.k[stage][half * kHalfTiles]), ValueLayout<Element>{});
+  const int zero = opaque_zero();
+  Tensor v =
+      make_tensor(make_smem_ptr(&smem.k[stage][half * kHalfTiles][zero]), ValueLayout<Element>{});
   Tensor b = slice.partition_fragment_B(v);
-  // An accumulator's registers, packed in pairs, are the A operand's, four steps of 16 keys.
-  Tensor a = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, _4>>{});
-#pragma unroll
-  for (int i = 0; i < size(a); ++i) a(i) = Element(weights(i));
   warpgroup_fence_operand(out);
   warpgroup_arrive();
 #pragma unroll
-  for (int step = 0; step < 4; ++step) cute::gemm(mma, a(_, _, step), b(_, _, step), out);
+  for (int step = 0; step < 4; ++step) cute::gemm(mma, weights(_, _, step), b(_, _, step), out);
   warpgroup_commit_batch();
-  warpgroup_wait<0>();
-  warpgroup_fence_operand(out);
 }
 
 // The same with the other warpgroup's P, from shared memory.
 template <typename Element, typename Accumulator>
-__device__ void add_other_values(SharedMemory<Element>& smem, int stage, int half, int thread,
-                                 Accumulator& out) {
+__device__ __forceinline__ void issue_other_values(SharedMemory<Element>& smem, int stage, int half,
+                                                   int thread, Accumulator& out) {
   OtherMma<Element> mma;
   const auto slice = mma.get_slice(thread);
-  Tensor p = make_tensor(make_smem_ptr(smem.k[stage][kRopeTile]), TileLayout<Element>{});
-  Tensor v = make_tensor(make_smem_ptr(smem.k[stage][half * kHalfTiles]), ValueLayout<Element>{});
+  const int zero = opaque_zero();
+  Tensor p = make_tensor(make_smem_ptr(&smem.k[stage][kRopeTile][zero]), TileLayout<Element>{});
+  Tensor v =
+      make_tensor(make_smem_ptr(&smem.k[stage][half * kHalfTiles][zero]), ValueLayout<Element>{});
   Tensor a = slice.partition_fragment_A(p);
   Tensor b = slice.partition_fragment_B(v);
   warpgroup_fence_operand(out);
@@ -274,13 +319,12 @@ __device__ void add_other_values(SharedMemory<Element>& smem, int stage, int hal
 #pragma unroll
   for (int step = 0; step < 4; ++step) cute::gemm(mma, a(_, _, step), b(_, _, step), out);
   warpgroup_commit_batch();
-  warpgroup_wait<0>();
-  warpgroup_fence_operand(out);
 }
 
 // The tiles that a warpgroup multiplies without having computed their scores.
 template <typename Element>
-__device__ void wait_values(SharedMemory<Element>& smem, int stage, int half, uint32_t parity) {
+__device__ __forceinline__ void wait_values(SharedMemory<Element>& smem, int stage, int half,
+                                            uint32_t parity) {
 #pragma unroll
   for (int tile = 0; tile < kHalfTiles; ++tile) {
     smem.full[stage][half * kHalfTiles + tile].wait(parity);
@@ -293,29 +337,60 @@ __device__ void release(SharedMemory<Element>& smem, int stage, int half, int th
   if (thread % 32 == 0) smem.empty[stage][half].arrive();
 }
 
-// Divides by the sums and writes rows to `out` and `lse`, or unnormalised to the partial result.
+// Four values, of which each thread of a quad holds one, for its partners one each: afterwards the
+// thread with number t in the quad holds value t of all four, in the order of the threads.
+__device__ __forceinline__ void transpose_quad(uint32_t (&x)[4], int t) {
+  // Exchange with the neighbour, then with the other pair; each step swaps what is on the wrong
+  // side.
+#pragma unroll
+  for (int distance = 1; distance <= 2; distance *= 2) {
+    const bool upper = t & distance;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & distance) continue;
+      const uint32_t given = upper ? x[i] : x[i + distance];
+      const uint32_t taken = __shfl_xor_sync(0xffffffffu, given, distance);
+      (upper ? x[i] : x[i + distance]) = taken;
+    }
+  }
+}
+
+// Divides by the sums and writes a warpgroup's half of the columns to `out`, or to the partial
+// result, and the log-sum-exp.
 template <typename Element, typename Accumulator>
-__device__ void write_result(const DecodeParams& p, SharedMemory<Element>& smem, const Work& work,
-                             const Item& item, int half, const Rows& rows, const float (&max)[2],
-                             const Accumulator& out) {
+__device__ __forceinline__ void write_result(const DecodeParams& p, SharedMemory<Element>& smem,
+                                             const Work& work, const Item& item, int half,
+                                             const Rows& rows, const float (&max)[2],
+                                             const Accumulator& out) {
+  const int t = rows.column / 2;  // in the quad of threads that share a row
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = work.tile * kRowTile + rows.row(i);
-    if (row >= p.num_rows()) continue;
-    const float sum = smem.row_sums[0][rows.row(i)] + smem.row_sums[1][rows.row(i)];
+    const bool exists = row < p.num_rows();
+    const auto& sums = smem.row_sums[item.seq & 1];
+    const float sum = sums[kLeft][rows.row(i)] + sums[kRight][rows.row(i)];
     const bool empty = sum == 0;
     const float inverse = empty ? 0.0f : 1.0f / sum;
     const float lse = empty ? -INFINITY : max[i] + log2f(sum);
-    const bool writes_lse = half == 0 && rows.column == 0;
-    const int first_column = half * kHalfTiles * 64 + rows.column;
+    const bool writes_lse = exists && half == 0 && t == 0;
+    const int first_column = half * kHalfTiles * 64;
     if (item.slot < 0) {
-      const int64_t index = query_index(p, work, item.seq, row);
+      const int64_t index = query_index(p, work, item.seq, exists ? row : 0);
       Element* target = static_cast<Element*>(p.out) + index * kLatentDim + first_column;
+      // A thread holds columns 2t and 2t + 1 of every eight: of 32, gather eight in a row.
 #pragma unroll
-      for (int j = 0; j < 32; ++j) {
-        Element pair[2] = {Element(out(j * 4 + i * 2) * inverse),
-                           Element(out(j * 4 + i * 2 + 1) * inverse)};
-        *reinterpret_cast<uint32_t*>(target + j * 8) = *reinterpret_cast<uint32_t*>(pair);
+      for (int j = 0; j < 32; j += 4) {
+        uint32_t x[4];
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          Element pair[2] = {Element(out((j + n) * 4 + i * 2) * inverse),
+                             Element(out((j + n) * 4 + i * 2 + 1) * inverse)};
+          x[n] = *reinterpret_cast<uint32_t*>(pair);
+        }
+        transpose_quad(x, t);
+        if (exists) {
+          *reinterpret_cast<uint4*>(target + (j + t) * 8) = make_uint4(x[0], x[1], x[2], x[3]);
+        }
       }
       if (writes_lse) {
         const int64_t group_seq = static_cast<int64_t>(work.group) * p.batch + item.seq;
@@ -327,153 +402,157 @@ __device__ void write_result(const DecodeParams& p, SharedMemory<Element>& smem,
       const int64_t slot = static_cast<int64_t>(work.group) * p.slots + item.slot;
       const int64_t index = (slot * p.h_kv + work.head) * p.num_rows() + row;
       float* target = p.partial_out + index * kLatentDim + first_column;
+      // Of 16 columns, gather four in a row: even threads those of the first eight.
 #pragma unroll
-      for (int j = 0; j < 32; ++j) {
-        *reinterpret_cast<float2*>(target + j * 8) =
-            make_float2(out(j * 4 + i * 2) * inverse, out(j * 4 + i * 2 + 1) * inverse);
+      for (int j = 0; j < 32; j += 2) {
+        float2 mine[2];
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          mine[n] = make_float2(out((j + n) * 4 + i * 2) * inverse,
+                                out((j + n) * 4 + i * 2 + 1) * inverse);
+        }
+        const bool odd = t & 1;
+        const float2 given = odd ? mine[0] : mine[1];
+        const float2 taken = make_float2(__shfl_xor_sync(0xffffffffu, given.x, 1),
+                                         __shfl_xor_sync(0xffffffffu, given.y, 1));
+        const float4 four = odd ? make_float4(taken.x, taken.y, mine[1].x, mine[1].y)
+                                : make_float4(mine[0].x, mine[0].y, taken.x, taken.y);
+        if (exists) *reinterpret_cast<float4*>(target + (j + odd) * 8 + t / 2 * 4) = four;
       }
       if (writes_lse) p.partial_lse[index] = lse;
     }
   }
 }
 
-// Starts an item: queries in shared memory, empty accumulators.
-template <typename Element, typename Accumulator>
-__device__ void begin_item(const DecodeParams& p, SharedMemory<Element>& smem, const Work& work,
-                           int seq, int role, int thread, Accumulator& out) {
-  load_q(p, smem, work, seq, role * kWarpgroup + thread);
-  clear(out);
-  sync(Sync::kConsumers, kConsumers);
-}
+// One of the two consumer warpgroups, `kRole`. It computes the scores of every second block, whose
+// buffer has its number, and multiplies the weights of every block with its half of the values.
+//
+// It adds the other's last block either before it computes the scores of its own (its buffer is
+// then refilled sooner) or, if its own block has already landed, after it has passed on its weights
+// (the other then waits less).
+template <int kRole, typename Element>
+__device__ __forceinline__ void run_consumer(const DecodeParams& p, SharedMemory<Element>& smem,
+                                             const Work& work, int thread) {
+  constexpr int kOther = 1 - kRole;
+  constexpr Sync kAlone = kRole == kLeft ? Sync::kLeftOnly : Sync::kRightOnly;
+  constexpr int kLastTile = kRole == kLeft ? kRopeTile : kHalfTiles - 1;  // to be loaded
 
-// Ends it: sums over the threads of a row, then over both warpgroups, then the result.
-template <typename Element, typename Accumulator>
-__device__ void end_item(const DecodeParams& p, SharedMemory<Element>& smem, const Work& work,
-                         const Item& item, int role, const Rows& rows, const float (&max)[2],
-                         const float (&sum)[2], const Accumulator& out) {
+  const Rows rows(thread);
+  Phases phases;
+  Tensor out = partition_fragment_C(OtherMma<Element>{}, Shape<_64, _256>{});
+  float max[2];           // of the two rows, over all blocks so far, base 2
+  float sum[2];           // this thread's part, over the own blocks
+  float other_factor[2];  // from the maximum before the other's last block to the one after it
+
+  // Waits for the other's weights and takes over their maximum.
+  const auto meet_other = [&]() __attribute__((always_inline)) {
+    smem.weights[kOther].wait(phases.parity(kOther));
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    float total = sum[i];
-    total += __shfl_xor_sync(0xffffffffu, total, 1);
-    total += __shfl_xor_sync(0xffffffffu, total, 2);
-    if (rows.column == 0) smem.row_sums[role][rows.row(i)] = total;
-  }
-  // Also the point after which q may be overwritten: both have computed all their scores.
-  sync(Sync::kConsumers, kConsumers);
-  write_result(p, smem, work, item, role, rows, max, out);
-}
+    for (int i = 0; i < 2; ++i) {
+      const float new_max = smem.row_max[kOther][rows.row(i)];
+      other_factor[i] = exp2f(max[i] - new_max);
+      max[i] = new_max;
+      sum[i] *= other_factor[i];
+    }
+  };
+  const auto add_other = [&]() __attribute__((always_inline)) {
+    rescale(out, other_factor);
+    wait_values(smem, kOther, kRole, phases.parity(kOther));
+    issue_other_values(smem, kOther, kRole, thread, out);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(out);
+    release(smem, kOther, kRole, thread);
+    ++phases.uses[kOther];
+  };
 
-template <typename Element>
-__device__ void run_left(const DecodeParams& p, SharedMemory<Element>& smem, const Work& work,
-                         int thread) {
-  const Rows rows(thread);
-  Phases phases;
-  Tensor out = partition_fragment_C(OtherMma<Element>{}, Shape<_64, _256>{});
+  // The own block number `block`; `pending`: the other's block before it is still to be added.
+  const auto process_own = [&](const Item& item, int block,
+                               bool pending) __attribute__((always_inline)) {
+    if (thread == 0) {
+      // Whichever comes first decides what is done first.
+      bool landed;
+      do {
+        landed = smem.full[kRole][kLastTile].test_wait(phases.parity(kRole));
+      } while (!landed && pending && !smem.weights[kOther].test_wait(phases.parity(kOther)));
+      smem.landed[kRole] = landed;
+    }
+    const int valid = item.length - block * kBlock;
+    if (valid < kBlock) {
+#pragma unroll 1
+      for (int tile = 0; tile < kTiles; ++tile) {
+        smem.full[kRole][tile].wait(phases.parity(kRole));
+      }
+      clear_past_end(smem, kRole, valid, thread);
+    }
+    sync(kAlone, kWarpgroup);
+    const bool scores_first = smem.landed[kRole];
+
+    if (pending && !scores_first) {
+      meet_other();
+      add_other();
+    }
+    Tensor scores = partition_fragment_C(ScoresMma<Element>{}, Shape<_64, _64>{});
+    issue_scores<kRole>(smem, phases.parity(kRole), thread, scores);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(scores);
+    scale_and_mask(p, work, item, block, rows, scores);
+    if (pending && scores_first) meet_other();
+
+    float factor[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float new_max = row_max(scores, i, max[i]);
+      factor[i] = exp2f(max[i] - new_max);
+      max[i] = new_max;
+      if (rows.column == 0) smem.row_max[kRole][rows.row(i)] = new_max;
+      sum[i] = sum[i] * factor[i] + exponentiate(scores, i, new_max);
+    }
+    Tensor weights = pack_weights<Element>(scores);
+    store_weights(smem, kRole, rows, weights);
+    __syncwarp();
+    if (thread % 32 == 0) smem.weights[kRole].arrive();
+
+    if (pending && scores_first) add_other();
+    rescale(out, factor);
+    issue_own_values(smem, kRole, kRole, thread, weights, out);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(out);
+    release(smem, kRole, kRole, thread);
+    ++phases.uses[kRole];
+  };
+
+  uint32_t q_parity = 0;
   for (int seq = work.begin_seq; has_item(work, seq); ++seq) {
     const Item item = find_item(p, work, seq);
-    begin_item(p, smem, work, seq, kLeft, thread, out);
-    float max[2] = {-FLT_MAX, -FLT_MAX};
-    float sum[2] = {0, 0};
-    for (int block = item.first; block < item.last; block += 2) {
-      const bool pair = block + 1 < item.last;
-      const int valid = item.length - block * kBlock;
-      if (valid < kBlock) {
-        for (int tile = 0; tile < kTiles; ++tile) smem.full[0][tile].wait(phases.parity(0));
-        clear_past_end(smem, 0, valid, thread, Sync::kLeftOnly);
-      }
-      Tensor scores = partition_fragment_C(ScoresMma<Element>{}, Shape<_64, _64>{});
-      compute_scores(smem, 0, phases.parity(0), thread, scores);
-      scale_and_mask(p, work, item, block, rows, scores);
-
-      float factor[2];
-      for (int i = 0; i < 2; ++i) {
-        const float new_max = row_max(scores, i, max[i]);
-        factor[i] = exp2f(max[i] - new_max);
-        max[i] = new_max;
-        if (rows.column == 0) smem.left_max[rows.row(i)] = new_max;
-      }
-      arrive(Sync::kLeftMax, kConsumers);
-      for (int i = 0; i < 2; ++i) {
-        sum[i] = sum[i] * factor[i] + exponentiate(scores, i, max[i]);
-      }
-      rescale(out, factor);
-      add_own_values(smem, 0, kLeft, thread, scores, out);
-      release(smem, 0, kLeft, thread);
-      ++phases.uses[0];
-
-      sync(Sync::kRightWeights, kConsumers);
-      for (int i = 0; i < 2; ++i) {
-        const float new_max = smem.right_max[rows.row(i)];
-        factor[i] = exp2f(max[i] - new_max);
-        max[i] = new_max;
-        sum[i] *= factor[i];
-      }
-      for (int i = 0; i < size(scores); ++i) scores(i) *= factor[i / 2 % 2];
-      store_weights(smem, 0, rows, scores);
-      arrive(Sync::kLeftWeights, kConsumers);
-      if (pair) {
-        rescale(out, factor);
-        wait_values(smem, 1, kLeft, phases.parity(1));
-        add_other_values(smem, 1, kLeft, thread, out);
-        release(smem, 1, kLeft, thread);
-        ++phases.uses[1];
-      }
+    clear(out);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      max[i] = -FLT_MAX;
+      sum[i] = 0;
     }
-    end_item(p, smem, work, item, kLeft, rows, max, sum, out);
-  }
-}
+    smem.q_full.wait(q_parity);
+    q_parity ^= 1;
 
-template <typename Element>
-__device__ void run_right(const DecodeParams& p, SharedMemory<Element>& smem, const Work& work,
-                          int thread) {
-  const Rows rows(thread);
-  Phases phases;
-  Tensor out = partition_fragment_C(OtherMma<Element>{}, Shape<_64, _256>{});
-  for (int seq = work.begin_seq; has_item(work, seq); ++seq) {
-    const Item item = find_item(p, work, seq);
-    begin_item(p, smem, work, seq, kRight, thread, out);
-    float max[2] = {-FLT_MAX, -FLT_MAX};
-    float sum[2] = {0, 0};
-    for (int block = item.first; block < item.last; block += 2) {
-      const bool pair = block + 1 < item.last;
-      Tensor scores = partition_fragment_C(ScoresMma<Element>{}, Shape<_64, _64>{});
-      if (pair) {
-        const int valid = item.length - (block + 1) * kBlock;
-        if (valid < kBlock) {
-          for (int tile = 0; tile < kTiles; ++tile) smem.full[1][tile].wait(phases.parity(1));
-          clear_past_end(smem, 1, valid, thread, Sync::kRightOnly);
-        }
-        compute_scores(smem, 1, phases.parity(1), thread, scores);
-        scale_and_mask(p, work, item, block + 1, rows, scores);
-      }
-      sync(Sync::kLeftMax, kConsumers);
-      float factor[2];
-      for (int i = 0; i < 2; ++i) {
-        const float left_max = smem.left_max[rows.row(i)];
-        const float new_max = pair ? row_max(scores, i, left_max) : left_max;
-        factor[i] = exp2f(max[i] - new_max);
-        max[i] = new_max;
-        sum[i] *= factor[i];
-        if (rows.column == 0) smem.right_max[rows.row(i)] = new_max;
-      }
-      if (pair) {
-        for (int i = 0; i < 2; ++i) sum[i] += exponentiate(scores, i, max[i]);
-        store_weights(smem, 1, rows, scores);
-      }
-      arrive(Sync::kRightWeights, kConsumers);
-      rescale(out, factor);
-      if (pair) {
-        add_own_values(smem, 1, kRight, thread, scores, out);
-        release(smem, 1, kRight, thread);
-        ++phases.uses[1];
-      }
-      sync(Sync::kLeftWeights, kConsumers);
-      wait_values(smem, 0, kRight, phases.parity(0));
-      add_other_values(smem, 0, kRight, thread, out);
-      release(smem, 0, kRight, thread);
-      ++phases.uses[0];
+    for (int block = item.first + kRole; block < item.last; block += 2) {
+      process_own(item, block, block > item.first);
     }
-    end_item(p, smem, work, item, kRight, rows, max, sum, out);
+    // The last block, where it was the other's.
+    if (item.blocks() > 0 && item.blocks() % 2 == kRole) {
+      meet_other();
+      add_other();
+    }
+
+    if (thread % 32 == 0) smem.q_empty.arrive();
+    // Sums over the threads of a row, then over both warpgroups, then the result.
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float total = sum[i];
+      total += __shfl_xor_sync(0xffffffffu, total, 1);
+      total += __shfl_xor_sync(0xffffffffu, total, 2);
+      if (rows.column == 0) smem.row_sums[seq & 1][kRole][rows.row(i)] = total;
+    }
+    sync(Sync::kConsumers, kConsumers);
+    write_result(p, smem, work, item, kRole, rows, max, out);
   }
 }
 
@@ -492,7 +571,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int stage = 0; stage < 2; ++stage) {
       for (int tile = 0; tile < kTiles; ++tile) smem.full[stage][tile].init(1);
       for (int half = 0; half < 2; ++half) smem.empty[stage][half].init(kWarpgroup / 32);
+      smem.weights[stage].init(kWarpgroup / 32);
     }
+    smem.q_full.init(kQueryLoaders);
+    smem.q_empty.init(kConsumers / 32);
     cutlass::arch::fence_barrier_init();
   }
   __syncthreads();
@@ -500,12 +582,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (role == kLoader) {
     cutlass::arch::warpgroup_reg_dealloc<40>();
     if (thread == 0) run_loader(p, &map, smem, work);
+    if (thread >= 32) run_query_loader(p, smem, work, thread - 32);
   } else if (role == kLeft) {
     cutlass::arch::warpgroup_reg_alloc<232>();
-    run_left(p, smem, work, thread);
+    run_consumer<kLeft>(p, smem, work, thread);
   } else {
     cutlass::arch::warpgroup_reg_alloc<232>();
-    run_right(p, smem, work, thread);
+    run_consumer<kRight>(p, smem, work, thread);
   }
 }
 
