@@ -39,6 +39,7 @@ wheel: build/wheel-venv-$(subst /,-,$(PYTHON))/ready
 bench: $(VENV)/ready
 	@$(RUN) -m benchmarks.xla_decode
 	-@$(RUN) -m benchmarks.planner
+	-@$(RUN) -m benchmarks.decode
 
 # The tables in README.md, from the JSON.
 tables: $(VENV)/ready

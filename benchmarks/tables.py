@@ -71,7 +71,32 @@ def xla_decode(platform):
     return markdown_table(columns, rows) + source(name)
 
 
+def decode():
+    """The decode kernel against the peers and plain XLA."""
+    rows = [
+        [
+            row["batch"],
+            row["s_q"],
+            row["heads"],
+            f"{row['tokens']:,}",
+            f"{row['decode_us']['median']:.1f}",
+            f"{row['gb_per_s']:,.0f}",
+            f"{row['tflops']:.0f}",
+            f"{row['plain_xla_us']:,.0f}" if "plain_xla_us" in row else "",
+            f"{row['flashmla_us']:.1f}",
+            f"{row['fa3_us']:.1f}",
+        ]
+        for row in load("decode")["rows"]
+    ]
+    columns = [
+        *["sequences", "query tokens", "heads", "keys", "ours, µs", "GB/s", "TFLOP/s"],
+        *["plain XLA, µs", "FlashMLA, µs", "FlashAttention-3, µs"],
+    ]
+    return markdown_table(columns, rows) + source("decode")
+
+
 TABLES = {
+    "decode": decode,
     "planner": planner,
     "xla_decode_cpu": lambda: xla_decode("cpu"),
     "xla_decode_gpu": lambda: xla_decode("gpu"),

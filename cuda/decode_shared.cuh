@@ -25,7 +25,7 @@ enum Role { kLeft = 0, kRight = 1, kLoader = 2 };
 inline constexpr int kWarpgroup = 128;
 inline constexpr int kConsumers = 2 * kWarpgroup;
 inline constexpr int kThreads = 3 * kWarpgroup;
-// Of the loader warpgroup, one thread copies keys and three warps copy queries.
+// Of the loader warpgroup, one warp copies keys and three copy queries.
 inline constexpr int kQueryLoaders = kWarpgroup - 32;
 
 // One 64 x 64 tile, rows of 128 bytes, swizzled: what TMA writes and wgmma reads.
@@ -85,14 +85,14 @@ struct Work {
 
 __device__ __forceinline__ Work find_work(const DecodeParams& p) {
   // Row tiles first: CTAs that run side by side read the same keys.
-  int64_t index = blockIdx.x;
+  unsigned index = blockIdx.x;
   Work work;
-  work.tile = static_cast<int>(index % p.row_tiles());
+  work.tile = index % p.row_tiles();
   index /= p.row_tiles();
-  work.head = static_cast<int>(index % p.h_kv);
+  work.head = index % p.h_kv;
   index /= p.h_kv;
-  const int part = static_cast<int>(index % p.num_parts);
-  work.group = static_cast<int>(index / p.num_parts);
+  const int part = index % p.num_parts;
+  work.group = index / p.num_parts;
   const int4* row = reinterpret_cast<const int4*>(
       p.tile_scheduler_metadata + (static_cast<int64_t>(work.group) * p.num_parts + part) * 8);
   const int4 range = row[0];

@@ -29,49 +29,41 @@ using OtherMma =
 
 // ---------------------------------------------------------------------------------------- loader
 
-// Issues the copies of `count` tiles of a page, after their owner has released them.
-template <typename Element>
-__device__ void load_tiles(const CUtensorMap* map, SharedMemory<Element>& smem, const Work& work,
-                           int page, int stage, int first_tile, int count) {
-#pragma unroll 1
-  for (int tile = first_tile; tile < first_tile + count; ++tile) {
-    FullBarrier& barrier = smem.full[stage][tile];
-    barrier.arrive_and_expect_tx(kTileBytes);
-    SM90_TMA_LOAD_5D::copy(map, reinterpret_cast<uint64_t*>(&barrier),
-                           static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_FIRST),
-                           smem.k[stage][tile], tile * 64, 0, work.head, page, work.group);
-  }
-}
-
-// One thread: walks the same blocks as the consumers, pair by pair, in the order of release.
+// One warp: walks the same blocks as the consumers, pair by pair, in the order of release. A lane
+// issues the copy of one tile.
 template <typename Element>
 __device__ void run_loader(const DecodeParams& p, const CUtensorMap* map,
-                           SharedMemory<Element>& smem, const Work& work) {
+                           SharedMemory<Element>& smem, const Work& work, int lane) {
   Phases phases;
-  const auto wait_empty = [&](int stage, int half) {
+  const auto load = [&](int page, int stage, int half, int first_tile, int count) {
     smem.empty[stage][half].wait(phases.parity(stage) ^ 1);
+    const int tile = first_tile + lane;
+    if (lane < count) {
+      FullBarrier& barrier = smem.full[stage][tile];
+      barrier.arrive_and_expect_tx(kTileBytes);
+      SM90_TMA_LOAD_5D::copy(map, reinterpret_cast<uint64_t*>(&barrier),
+                             static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_FIRST),
+                             smem.k[stage][tile], tile * 64, 0, work.head, page, work.group);
+    }
+    __syncwarp();
   };
+#pragma unroll 1
   for (int seq = work.begin_seq; has_item(work, seq); ++seq) {
     const Item item = find_item(p, work, seq);
     const int32_t* table =
         p.block_table + (static_cast<int64_t>(work.group) * p.batch + seq) * p.max_blocks;
+#pragma unroll 1
     for (int block = item.first; block < item.last; block += 2) {
       const bool pair = block + 1 < item.last;
       const int left_page = table[block];
       const int right_page = pair ? table[block + 1] : 0;
-      wait_empty(0, kLeft);
-      load_tiles(map, smem, work, left_page, 0, 0, kHalfTiles);
-      if (pair) {
-        wait_empty(1, kRight);
-        load_tiles(map, smem, work, right_page, 1, kHalfTiles, kHalfTiles);
-      }
-      wait_empty(0, kRight);
-      load_tiles(map, smem, work, left_page, 0, kHalfTiles, kHalfTiles + 1);
+      load(left_page, 0, kLeft, 0, kHalfTiles);
+      load(left_page, 0, kRight, kHalfTiles, kHalfTiles + 1);
       ++phases.uses[0];
       if (pair) {
-        wait_empty(1, kLeft);
-        load_tiles(map, smem, work, right_page, 1, kRopeTile, 1);
-        load_tiles(map, smem, work, right_page, 1, 0, kHalfTiles);
+        load(right_page, 1, kRight, kHalfTiles, kHalfTiles);
+        load(right_page, 1, kLeft, kRopeTile, 1);
+        load(right_page, 1, kLeft, 0, kHalfTiles);
         ++phases.uses[1];
       }
     }
@@ -93,8 +85,23 @@ __device__ __forceinline__ void copy_16_bytes(uint32_t target, const void* sourc
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source));
 }
 
-// Three warps: copy the row tile's queries of each sequence into the tiles that wgmma reads. Rows
-// that do not exist are zeroed once; no sequence writes them.
+// All threads, once: zeroes the rows of q that do not exist; no sequence writes them.
+template <typename Element>
+__device__ __forceinline__ void clear_missing_rows(const DecodeParams& p,
+                                                   SharedMemory<Element>& smem, const Work& work) {
+  const int rows = min(p.num_rows() - work.tile * kRowTile, kRowTile);
+#pragma unroll 1
+  for (int tile = 0; tile < kTiles; ++tile) {
+    uint4* vectors = reinterpret_cast<uint4*>(smem.q[tile]);
+#pragma unroll 1
+    for (int i = rows * 8 + threadIdx.x; i < kRowTile * 8; i += kThreads) {
+      vectors[i] = make_uint4(0, 0, 0, 0);
+    }
+  }
+  cutlass::arch::fence_view_async_shared();
+}
+
+// Three warps: copy the row tile's queries of each sequence into the tiles that wgmma reads.
 template <typename Element>
 __device__ void run_query_loader(const DecodeParams& p, SharedMemory<Element>& smem,
                                  const Work& work, int thread) {
@@ -107,12 +114,6 @@ __device__ void run_query_loader(const DecodeParams& p, SharedMemory<Element>& s
   const auto target = [&](int row, int tile) {
     return q + tile * kTileBytes + row * 128 + ((lane % 8 ^ row % 8) * 16);
   };
-#pragma unroll 1
-  for (int row = rows + thread / 32; row < kRowTile; row += kWarps) {
-    for (int tile = lane / 8; tile < kTiles; tile += 4) {
-      asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(target(row, tile)), "r"(0));
-    }
-  }
   uint32_t parity = 1;
 #pragma unroll 1
   for (int seq = work.begin_seq; has_item(work, seq); ++seq) {
@@ -124,7 +125,7 @@ __device__ void run_query_loader(const DecodeParams& p, SharedMemory<Element>& s
     const int64_t nope_bytes = p.q_nope_stride * 2;
     const int64_t rope_bytes = p.q_rope_stride * 2;
     int64_t index = query_index(p, work, seq, first_row);
-#pragma unroll 2
+#pragma unroll 1
     for (int row = thread / 32; row < rows; row += kWarps) {
       const char* source = nope + index * nope_bytes;
       copy_16_bytes(target(row, lane / 8), source);
@@ -561,11 +562,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     split_kernel(const __grid_constant__ DecodeParams p, const __grid_constant__ CUtensorMap map) {
   extern __shared__ __align__(1024) char raw[];
   auto& smem = *reinterpret_cast<SharedMemory<Element>*>(raw);
-  const Work work = find_work(p);
-  if (!has_item(work, work.begin_seq)) return;
-
-  const int role = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0);
-  const int thread = threadIdx.x % kWarpgroup;
+  {
+    const Work work = find_work(p);
+    if (!has_item(work, work.begin_seq)) return;
+    clear_missing_rows(p, smem, work);
+  }
   if (threadIdx.x == 0) {
     cute::prefetch_tma_descriptor(reinterpret_cast<const TmaDescriptor*>(&map));
     for (int stage = 0; stage < 2; ++stage) {
@@ -579,16 +580,23 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
 
+  // Every role finds its work again: kept across the branch, it would be spilled.
+  const int role = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0);
   if (role == kLoader) {
     cutlass::arch::warpgroup_reg_dealloc<40>();
-    if (thread == 0) run_loader(p, &map, smem, work);
-    if (thread >= 32) run_query_loader(p, smem, work, thread - 32);
+    const int thread = threadIdx.x % kWarpgroup;
+    const Work work = find_work(p);
+    if (thread < 32) {
+      run_loader(p, &map, smem, work, thread);
+    } else {
+      run_query_loader(p, smem, work, thread - 32);
+    }
   } else if (role == kLeft) {
     cutlass::arch::warpgroup_reg_alloc<232>();
-    run_consumer<kLeft>(p, smem, work, thread);
+    run_consumer<kLeft>(p, smem, find_work(p), threadIdx.x % kWarpgroup);
   } else {
     cutlass::arch::warpgroup_reg_alloc<232>();
-    run_consumer<kRight>(p, smem, work, thread);
+    run_consumer<kRight>(p, smem, find_work(p), threadIdx.x % kWarpgroup);
   }
 }
 

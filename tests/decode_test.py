@@ -36,7 +36,7 @@ def draw_lengths(rng, batch, keys):
     return np.full(batch, keys)
 
 
-@functools.partial(jax.jit, static_argnames=("softmax_scale", "causal"))
+@functools.partial(jax.jit, static_argnames=("softmax_scale", "causal", "implementation"))
 def decode(q, k_cache, block_table, cache_seqlens, metadata=(), **options):
     return jax_flashmla.flash_mla_with_kvcache(
         q, k_cache, block_table, cache_seqlens, 512, *metadata, **options
@@ -152,18 +152,28 @@ class DecodeTest(parameterized.TestCase):
         self.assertEqual(lse.shape, (*groups, 0, 16, 1))
 
     def test_results_do_not_depend_on_the_plan(self):
-        problem = problems.make_problem(self.rng, [5, 0, 2000, 300], s_q=2)
-        unplanned = decode(*problem.arrays)
-        for num_sms in (1, 7, 132):
+        problem = problems.make_problem(self.rng, [5, 0, 2000, 300, 64], s_q=2)
+        want = oracle.decode(*problem.arrays)
+        plain = support.decode_in_low_precision(problem.arrays, 576**-0.5, False)
+        for num_sms in (1, 2, 7, 132, 500):
             metadata = jax_flashmla.get_mla_metadata(problem.cache_seqlens, 32, 1, num_sms=num_sms)
-            planned = decode(*problem.arrays, metadata)
-            np.testing.assert_array_equal(planned[0], unplanned[0])
-            np.testing.assert_array_equal(planned[1], unplanned[1])
+            got = decode(*problem.arrays, metadata)
+            support.assert_decodes_well(self, got, want, plain, problem.q.dtype)
+
+    def test_wrong_metadata_is_harmless(self):
+        problem = problems.make_problem(self.rng, [5, 0, 900, 300])
+        metadata = jax_flashmla.get_mla_metadata(problem.cache_seqlens, 16, 1)
+        bounds = np.iinfo(np.int32)
+        for draw in (lambda s: self.rng.integers(bounds.min, bounds.max, s), np.zeros):
+            wrong = [draw(x.shape).astype(np.int32) for x in metadata]
+            jax.block_until_ready(decode(*problem.arrays, wrong))
+        # The device still works, and a valid plan still gives the right result.
+        self.check(problem)
 
     def test_the_same_bits_every_time(self):
         problem = problems.make_problem(self.rng, [777, 64, 0, 12], s_q=2)
         first = decode(*problem.arrays)
-        for _ in range(5):
+        for _ in range(20):
             for a, b in zip(first, decode(*problem.arrays), strict=True):
                 np.testing.assert_array_equal(a, b)
 
@@ -237,8 +247,30 @@ class CostTest(absltest.TestCase):
 class OnGpuTest(absltest.TestCase):
     def test_the_suite_ran_on_a_gpu(self):
         """With --require-gpu the tests of this file are only worth something on a GPU."""
-        support.need_kernel(self, "plan")
+        support.need_kernel(self, "decode")
         self.assertEqual(jax.default_backend(), "gpu")
+        example = problems.make_problem(np.random.default_rng(), [100]).arrays
+        self.assertIn("jax_flashmla_decode", decode.lower(*example).as_text())
+
+    def test_more_rows_than_a_grid_dimension_holds(self):
+        support.need_kernel(self, "decode")
+        rng = np.random.default_rng()
+        problem = problems.make_problem(rng, rng.integers(0, 100, 16500), s_q=4, h_q=2)
+        got = decode(*problem.arrays, causal=True)
+        want = oracle.decode(*problem.arrays, causal=True)
+        plain = support.decode_in_low_precision(problem.arrays, 576**-0.5, True)
+        support.assert_decodes_well(self, got, want, plain, problem.q.dtype)
+
+    def test_both_implementations_agree(self):
+        support.need_kernel(self, "decode")
+        rng = np.random.default_rng()
+        problem = problems.make_problem(rng, rng.integers(0, 9000, 40), s_q=2, h_q=128)
+        want = decode(*problem.arrays, causal=True, implementation="xla")
+        got = decode(*problem.arrays, causal=True, implementation="cuda")
+        np.testing.assert_allclose(
+            *(np.asarray(x[0], np.float32) for x in (got, want)), atol=2e-2, rtol=2e-2
+        )
+        np.testing.assert_allclose(got[1], want[1], atol=1e-4)
 
 
 if __name__ == "__main__":

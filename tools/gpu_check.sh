@@ -29,7 +29,7 @@ failed=0
 parallel=$(python3 -c 'import xdist' 2>/dev/null && echo "-n 8")
 python3 -m pytest --require-gpu -q $parallel 2>&1 | tee "$results/tests.log" | tail -30 || failed=1
 python3 examples/decode_loop.py 2>&1 | tee "$results/demo.log" || failed=1
-for benchmark in xla_decode planner; do
+for benchmark in xla_decode planner decode; do
   python3 -m "benchmarks.$benchmark" --out "$results" 2>&1 | tee "$results/$benchmark.log" || failed=1
 done
 [ "$failed" = 0 ] && echo "gpu_check: all passed" || echo "gpu_check: FAILED, see above"
