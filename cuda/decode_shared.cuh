@@ -136,4 +136,24 @@ __device__ __forceinline__ Item find_item(const DecodeParams& p, const Work& wor
   return item;
 }
 
+// Where row `row` of all the tile's query rows lies in [.., s_q, h_q, ..].
+__device__ __forceinline__ int64_t query_index(const DecodeParams& p, const Work& work, int seq,
+                                               int row) {
+  const int64_t group_seq = static_cast<int64_t>(work.group) * p.batch + seq;
+  const int64_t first = group_seq * p.s_q * p.h_q;
+  if (p.h_kv == 1) return first + row;  // spares a division
+  const int token = row / p.heads_per_kv();
+  const int head = work.head * p.heads_per_kv() + row % p.heads_per_kv();
+  return first + int64_t{token} * p.h_q + head;
+}
+
+// A consumer thread's view: two rows of the tile, eight apart.
+struct Rows {
+  int first;
+  int column;  // of its first pair in every eight columns
+  __device__ explicit Rows(int thread)
+      : first(thread / 32 * 16 + thread % 32 / 4), column(thread % 4 * 2) {}
+  __device__ int row(int i) const { return first + 8 * i; }
+};
+
 }  // namespace jax_flashmla
