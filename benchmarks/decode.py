@@ -17,27 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import report
-from benchmarks.xla_decode import plain_decode
+from benchmarks.xla_decode import SCALE, make_operands, plain_decode
 from jax_flashmla import flash_mla_with_kvcache, get_mla_metadata, native
 
 PEERS = pathlib.Path(__file__).parent / "peers_h200.json"
-SCALE = 576**-0.5
 ROUNDS = 3
 REPLAYS = 8
 GRAPH_MICROSECONDS = 10_000  # about as long as one graph should run
 MATMUL = 8192
 # The plain version gathers the whole cache; above this it is not worth the memory.
 PLAIN_BYTES = 8 * 2**30
-
-
-def make_operands(batch, s_q, heads, length):
-    """Random operands on the device; pages in random order."""
-    pages = batch * length // 64
-    keys = jax.random.split(jax.random.key(0), 2)
-    q = jax.random.normal(keys[0], (batch, s_q, heads, 576), jnp.bfloat16)
-    k_cache = jax.random.normal(keys[1], (pages, 64, 1, 576), jnp.bfloat16)
-    table = np.random.default_rng(0).permutation(pages).reshape(batch, -1)
-    return q, k_cache, jnp.asarray(table, jnp.int32), jnp.full(batch, length, jnp.int32)
 
 
 def check(operands, metadata):
@@ -108,7 +97,7 @@ def measure_matmul():
 def measure(peer):
     """Returns a row of the report."""
     batch, s_q, heads, length = (peer[key] for key in ("b", "s_q", "h_q", "s_k"))
-    operands = make_operands(batch, s_q, heads, length)
+    operands = make_operands(batch, heads, length, length, s_q)
     metadata = get_mla_metadata(operands[3], s_q * heads, 1)
     check(operands, metadata)
     launches = int(np.clip(GRAPH_MICROSECONDS / peer["decode_us"], 4, 200))

@@ -47,11 +47,11 @@ def our_decode(q, k_cache, block_table, cache_seqlens):
     return flash_mla_with_kvcache(q, k_cache, block_table, cache_seqlens, implementation="xla")[0]
 
 
-def make_operands(batch, heads, length, capacity):
+def make_operands(batch, heads, length, capacity, s_q=1):
     """Random operands on the default device; pages in random order."""
     pages = batch * length // 64
     keys = jax.random.split(jax.random.key(0), 2)
-    q = jax.random.normal(keys[0], (batch, 1, heads, 576), jnp.bfloat16)
+    q = jax.random.normal(keys[0], (batch, s_q, heads, 576), jnp.bfloat16)
     k_cache = jax.random.normal(keys[1], (pages, 64, 1, 576), jnp.bfloat16)
     table = np.zeros((batch, capacity // 64), np.int32)
     table[:, : length // 64] = np.random.default_rng(0).permutation(pages).reshape(batch, -1)

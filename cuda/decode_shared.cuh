@@ -6,12 +6,13 @@
 #include <cute/tensor.hpp>
 
 #include "cuda/decode.h"
+#include "cuda/plan.h"
 
 namespace jax_flashmla {
 
 using namespace cute;
 
-inline constexpr int kBlock = 64;                    // keys of a block
+inline constexpr int kBlock = kBlockTokens;          // keys of a block: the plan's unit
 inline constexpr int kTiles = kHeadDim / 64;         // 64 x 64 tiles of a block
 inline constexpr int kValueTiles = kLatentDim / 64;  // of them also values
 inline constexpr int kHalfTiles = kValueTiles / 2;   // owned by one consumer warpgroup
@@ -69,6 +70,7 @@ enum class Sync : uint32_t {
 __device__ __forceinline__ void sync(Sync barrier, int threads) {
   cutlass::arch::NamedBarrier::sync(threads, static_cast<uint32_t>(barrier));
 }
+
 // How often the barriers of each of the two block buffers have been waited for.
 struct Phases {
   uint32_t uses[2] = {0, 0};
@@ -94,7 +96,8 @@ __device__ __forceinline__ Work find_work(const DecodeParams& p) {
   const int part = index % p.num_parts;
   work.group = index / p.num_parts;
   const int4* row = reinterpret_cast<const int4*>(
-      p.tile_scheduler_metadata + (static_cast<int64_t>(work.group) * p.num_parts + part) * 8);
+      p.tile_scheduler_metadata +
+      (static_cast<int64_t>(work.group) * p.num_parts + part) * kMetadataColumns);
   const int4 range = row[0];
   // Any metadata keeps the kernel inside its buffers.
   work.begin_seq = min(max(range.x, 0), p.batch);

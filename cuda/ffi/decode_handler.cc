@@ -2,6 +2,7 @@
 
 #include "cuda/decode.h"
 #include "cuda/ffi/handlers.h"
+#include "cuda/plan.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_flashmla {
@@ -52,16 +53,16 @@ ffi::Error decode(cudaStream_t stream, ffi::AnyBuffer q_nope, ffi::AnyBuffer q_r
       (whole ? has_shape(q_rope, {groups, batch, s_q, h_q, kHeadDim})
              : width == kLatentDim &&
                    has_shape(q_rope, {groups, batch, s_q, h_q, kHeadDim - kLatentDim})) &&
-      has_shape(k_cache, {groups, cache[1], 64, h_kv, kHeadDim}) &&
+      has_shape(k_cache, {groups, cache[1], kBlockTokens, h_kv, kHeadDim}) &&
       has_shape(block_table, {groups, batch, table[2]}) &&
       has_shape(cache_seqlens, {groups, batch}) &&
-      has_shape(tile_scheduler_metadata, {groups, metadata[1], 8}) &&
+      has_shape(tile_scheduler_metadata, {groups, metadata[1], kMetadataColumns}) &&
       has_shape(num_splits, {groups, batch + 1}) &&
       has_shape(*out, {groups, batch, s_q, h_q, kLatentDim}) &&
       has_shape(*lse, {groups, batch, h_q, s_q}) &&
       has_shape(*partial_out, {groups, slots, h_kv, rows, kLatentDim}) &&
       has_shape(*partial_lse, {groups, slots, h_kv, rows}) && slots >= batch + metadata[1] - 1 &&
-      table[2] < kLimit / 64;
+      table[2] < kLimit / kBlockTokens;
   if (!shapes_fit) return misfit("shapes do not fit");
 
   const auto dtype = q_nope.element_type();
