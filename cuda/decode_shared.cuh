@@ -15,67 +15,41 @@ using namespace cute;
 inline constexpr int kBlock = kBlockTokens;          // keys of a block: the plan's unit
 inline constexpr int kTiles = kHeadDim / 64;         // 64 x 64 tiles of a block
 inline constexpr int kValueTiles = kLatentDim / 64;  // of them also values
-inline constexpr int kHalfTiles = kValueTiles / 2;   // owned by one consumer warpgroup
+inline constexpr int kHalfTiles = kValueTiles / 2;   // of a half of the latent columns
 inline constexpr int kRopeTile = kTiles - 1;
 inline constexpr int kTileElements = 64 * 64;
 inline constexpr int kTileBytes = kTileElements * 2;
 
-// The warpgroups of a CTA. "Left" and "right" are the halves of the output's columns that they own;
-// left computes the scores of blocks 0, 2, 4, ... of a sequence, right those of 1, 3, 5, ...
-enum Role { kLeft = 0, kRight = 1, kLoader = 2 };
+// The warpgroups of a CTA: one computes scores and weights, two multiply the weights with the left
+// and the right half of the values, one loads.
+enum Role { kLeft = 0, kRight = 1, kScores = 2, kLoader = 3 };
 inline constexpr int kWarpgroup = 128;
-inline constexpr int kConsumers = 2 * kWarpgroup;
-inline constexpr int kThreads = 3 * kWarpgroup;
-// Of the loader warpgroup, one warp copies keys and three copy queries.
-inline constexpr int kQueryLoaders = kWarpgroup - 32;
+inline constexpr int kWarps = kWarpgroup / 32;
+inline constexpr int kThreads = 4 * kWarpgroup;
+
+// Shared memory holds halves of blocks, in a ring, and their rotary tiles, in another. An item's
+// first entry in the ring of halves is the left half of its queries, which goes on into registers.
+inline constexpr int kHalfSlots = 5;
+inline constexpr int kRopeSlots = 3;
+// A half of the values is multiplied in two parts, each released as soon as it is done with.
+inline constexpr int kParts = 2;
+inline constexpr int kPartTiles = kHalfTiles / kParts;
 
 // One 64 x 64 tile, rows of 128 bytes, swizzled: what TMA writes and wgmma reads.
 template <typename Element>
 using TileLayout = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<Element>{}, Shape<_64, _64>{}));
+// `kCount` tiles side by side.
+template <typename Element, int kCount>
+using TilesLayout =
+    decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<Element>{}, Shape<_64, Int<kCount * 64>>{}));
+// A part of a half of a block's values, seen as B of the second product: (value column, key).
 template <typename Element>
-using BlockLayout =
-    decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<Element>{}, Shape<_64, Int<kHeadDim>>{}));
-// Half of a block's values, seen as B of the second product: (value column, key).
-template <typename Element>
-using ValueLayout = decltype(composition(
-    tile_to_shape(GMMA::Layout_K_SW128_Atom<Element>{}, Shape<_64, Int<kHalfTiles * 64>>{}),
-    make_layout(Shape<Int<kHalfTiles * 64>, _64>{}, Stride<_64, _1>{})));
+using ValueLayout =
+    decltype(composition(TilesLayout<Element, kPartTiles>{},
+                         make_layout(Shape<Int<kPartTiles * 64>, _64>{}, Stride<_64, _1>{})));
 
 using FullBarrier = cutlass::arch::ClusterTransactionBarrier;
 using EmptyBarrier = cutlass::arch::ClusterBarrier;
-
-template <typename Element>
-struct SharedMemory {
-  alignas(1024) Element q[kTiles][kTileElements];
-  // Two blocks. Once a block's scores are computed, its rotary tile holds their weights P.
-  alignas(1024) Element k[2][kTiles][kTileElements];
-  float row_max[2][kRowTile];      // the running maximum after the last block of [buffer]
-  float row_sums[2][2][kRowTile];  // [sequence parity][warpgroup]: over its own blocks
-  FullBarrier full[2][kTiles];     // the loader's copy of a tile has landed
-  EmptyBarrier empty[2][2];        // [buffer][half]: its owner has read it for the last time
-  EmptyBarrier weights[2];         // [buffer]: P and row_max of the block in it are written
-  bool landed[2];                  // [warpgroup]: its next block came before the other's weights
-  EmptyBarrier q_full;             // the query loaders have written q
-  EmptyBarrier q_empty;            // both consumers have computed all their scores with q
-};
-static_assert(sizeof(SharedMemory<cutlass::bfloat16_t>) <= 232448, "an SM has 227 KiB");
-
-// Named barriers.
-enum class Sync : uint32_t {
-  kLeftOnly,   // all of left: the rows past the end are cleared, `landed` is written
-  kRightOnly,  // all of right: the same
-  kConsumers,  // both: row_sums are written
-};
-
-__device__ __forceinline__ void sync(Sync barrier, int threads) {
-  cutlass::arch::NamedBarrier::sync(threads, static_cast<uint32_t>(barrier));
-}
-
-// How often the barriers of each of the two block buffers have been waited for.
-struct Phases {
-  uint32_t uses[2] = {0, 0};
-  __device__ uint32_t parity(int stage) const { return uses[stage] & 1; }
-};
 
 // What one CTA does: a row tile of a KV head, over one partition of the plan.
 struct Work {
@@ -84,6 +58,50 @@ struct Work {
   int tile;
   int begin_seq, begin_block, end_seq, end_block, begin_split;
 };
+
+template <typename Element>
+struct SharedMemory {
+  alignas(1024) Element q[kTiles - kHalfTiles][kTileElements];  // right half and rotary tile
+  alignas(1024) Element halves[kHalfSlots][kHalfTiles][kTileElements];
+  // Once a block's scores are computed, its rotary tile holds their weights P.
+  alignas(1024) Element rope[kRopeSlots][kTileElements];
+  float factor[kRopeSlots][kRowTile];   // by which the block's new maximum rescales the output
+  float inverse[kRopeSlots][kRowTile];  // of the sums, with an item's last block
+  Work work;
+  FullBarrier half_full[kHalfSlots][kHalfTiles];  // a tile has landed
+  FullBarrier rope_full[kRopeSlots];
+  FullBarrier q_full;
+  EmptyBarrier half_empty[kHalfSlots][kParts];  // their only reader is done with them
+  EmptyBarrier rope_empty[kRopeSlots];          // both value warpgroups are done with P
+  EmptyBarrier weights[kRopeSlots];             // P, factor and inverse are written
+  EmptyBarrier q_empty;                         // all scores with q are computed
+};
+static_assert(sizeof(SharedMemory<cutlass::bfloat16_t>) <= 232448, "an SM has 227 KiB");
+
+// A position in a ring of `kSlots`. `parity` is that of the slot's full barriers; its empty barrier
+// is waited for with the other one.
+template <int kSlots>
+struct Ring {
+  int slot = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++slot == kSlots) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// A warp has read a slot for the last time, in each of the `kCtas` CTAs of the cluster that write
+// into each other's slots.
+template <int kCtas>
+__device__ __forceinline__ void release(const EmptyBarrier& barrier, int lane) {
+  if constexpr (kCtas == 1) {
+    if (lane == 0) barrier.arrive();
+  } else {
+    if (lane < kCtas) barrier.arrive(static_cast<uint32_t>(lane));
+  }
+}
 
 __device__ __forceinline__ Work find_work(const DecodeParams& p) {
   // Row tiles first: CTAs that run side by side read the same keys.
@@ -150,7 +168,14 @@ __device__ __forceinline__ int64_t query_index(const DecodeParams& p, const Work
   return first + int64_t{token} * p.h_q + head;
 }
 
-// A consumer thread's view: two rows of the tile, eight apart.
+// Which row of the partial results a row of all the tile's query rows is.
+__device__ __forceinline__ int64_t partial_row(const DecodeParams& p, const Work& work,
+                                               const Item& item, int row) {
+  const int64_t slot = static_cast<int64_t>(work.group) * p.slots + item.slot;
+  return (slot * p.h_kv + work.head) * p.num_rows() + row;
+}
+
+// A thread's view of an accumulator: two rows of the tile, eight apart.
 struct Rows {
   int first;
   int column;  // of its first pair in every eight columns

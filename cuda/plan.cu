@@ -66,6 +66,35 @@ __device__ Position locate_cut(const PlanParams& p, const int32_t* seqlens, cons
   return {seq, block, cut - (first - 1) / part_length};
 }
 
+// The cuts where all sequences have the same number of blocks.
+struct EvenCuts {
+  int per_part;  // sequences of a partition, if there are more of them than partitions
+  int pieces;    // of a sequence
+  int size;      // blocks of a piece; the first `longer` have one more
+  int longer;
+
+  __device__ EvenCuts(const PlanParams& p, int blocks)
+      : per_part((p.batch + p.num_parts - 1) / p.num_parts),
+        pieces(max(min(blocks / p.min_split_blocks, p.num_parts / p.batch), 1)),
+        size(blocks / pieces),
+        longer(blocks % pieces) {}
+
+  // Whether they are better than cuts that ignore where sequences end.
+  __device__ bool worthwhile(const PlanParams& p, int part_length) const {
+    const int cost = per_part * (size + (longer > 0) + p.overhead_blocks);
+    const int gain = pieces == 1 ? p.split_cost_blocks : 0;
+    return size > 0 && cost <= part_length + p.overhead_blocks + gain;
+  }
+
+  __device__ Position locate(const PlanParams& p, int cut) const {
+    const int number = cut * per_part;
+    const int seq = number / pieces;
+    if (seq >= p.batch) return {p.batch, 0, 0};
+    const int split = number % pieces;
+    return {seq, split * size + min(split, longer), split};
+  }
+};
+
 // One thread block per group; thread t owns `per_thread` consecutive sequences.
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads) plan_kernel(PlanParams p) {
@@ -79,17 +108,39 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(PlanParams p) {
   int4* metadata =
       reinterpret_cast<int4*>(p.tile_scheduler_metadata + group * p.num_parts * kMetadataColumns);
 
+  const auto write_parts = [&](const auto& locate) {
+    for (int part = thread; part < p.num_parts; part += kThreads) {
+      const Position begin = locate(part);
+      const Position end = locate(part + 1);
+      metadata[2 * part] = make_int4(begin.seq, begin.block, end.seq, end.block);
+      metadata[2 * part + 1] = make_int4(begin.split, 0, 0, 0);
+    }
+  };
+
   const int per_thread = (p.batch + kThreads - 1) / kThreads;
   const int first_seq = min(thread * per_thread, p.batch);
   const int last_seq = min(first_seq + per_thread, p.batch);
 
+  const int first_blocks = p.batch > 0 ? interval_at(p, seqlens, 0, 0).blocks : 0;
   int extent = 0;
+  bool equal = true;
   for (int seq = first_seq; seq < last_seq; ++seq) {
-    extent += interval_at(p, seqlens, seq, 0).extent;
+    const Interval s = interval_at(p, seqlens, seq, 0);
+    extent += s.extent;
+    equal = equal && s.blocks == first_blocks;
   }
   const auto line = exclusive_scan<kThreads>(extent, scan_scratch);
   chunk_starts[thread] = line.before;
   const int part_length = max((line.total + p.num_parts - 1) / p.num_parts, p.min_split_blocks);
+
+  if (__syncthreads_and(equal) && p.batch > 0) {
+    const EvenCuts cuts(p, first_blocks);
+    if (cuts.worthwhile(p, part_length)) {
+      for (int seq = thread; seq <= p.batch; seq += kThreads) num_splits[seq] = seq * cuts.pieces;
+      write_parts([&](int cut) { return cuts.locate(p, cut); });
+      return;
+    }
+  }
 
   int splits = 0;
   for (int seq = first_seq, start = line.before; seq < last_seq; ++seq) {
@@ -108,16 +159,9 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(PlanParams p) {
   }
   if (thread == 0) num_splits[p.batch] = slots.total;
 
-  for (int part = thread; part < p.num_parts; part += kThreads) {
-    const auto locate = [&](int cut) {
-      return locate_cut<kThreads>(p, seqlens, chunk_starts, per_thread, line.total, part_length,
-                                  cut);
-    };
-    const Position begin = locate(part);
-    const Position end = locate(part + 1);
-    metadata[2 * part] = make_int4(begin.seq, begin.block, end.seq, end.block);
-    metadata[2 * part + 1] = make_int4(begin.split, 0, 0, 0);
-  }
+  write_parts([&](int cut) {
+    return locate_cut<kThreads>(p, seqlens, chunk_starts, per_thread, line.total, part_length, cut);
+  });
 }
 
 }  // namespace

@@ -16,9 +16,10 @@ struct PlanParams {
   int groups;
   int batch;
   int num_parts;
-  int overhead_blocks;   // cost of starting and ending a sequence, in blocks
-  int min_split_blocks;  // no cut leaves fewer blocks of a sequence on one side
-  int max_blocks;        // blocks per sequence that are balanced; keeps the sums inside int32
+  int overhead_blocks;    // cost of starting and ending a sequence, in blocks
+  int min_split_blocks;   // no cut leaves fewer blocks of a sequence on one side
+  int split_cost_blocks;  // what a partition gains if no sequence is split
+  int max_blocks;         // blocks per sequence that are balanced; keeps the sums inside int32
 };
 
 inline constexpr int kBlockTokens = 64;

@@ -15,28 +15,61 @@ EncodeTiled encode_tiled() {
   return ok ? reinterpret_cast<EncodeTiled>(function) : nullptr;
 }
 
-}  // namespace
-
-cudaError_t make_pool_map(const DecodeParams& p, CUtensorMap* map) {
+template <int kRank>
+cudaError_t make_map(DType dtype, const void* data, const cuuint64_t (&extents)[kRank],
+                     const cuuint64_t (&strides)[kRank - 1], const cuuint32_t (&box)[kRank],
+                     CUtensorMap* map) {
   static const EncodeTiled encode = encode_tiled();
   if (encode == nullptr) return cudaErrorNotSupported;
-  constexpr cuuint32_t kRank = 5;
-  constexpr cuuint64_t kRowBytes = kHeadDim * 2;
-  const cuuint64_t h_kv = p.h_kv;
-  const cuuint64_t page_bytes = 64 * h_kv * kRowBytes;
-  const cuuint64_t extents[kRank] = {kHeadDim, 64, h_kv, static_cast<cuuint64_t>(p.num_blocks),
-                                     static_cast<cuuint64_t>(p.groups)};
-  const cuuint64_t strides[kRank - 1] = {h_kv * kRowBytes, kRowBytes, page_bytes,
-                                         page_bytes * p.num_blocks};
-  const cuuint32_t box[kRank] = {64, 64, 1, 1, 1};
-  const cuuint32_t steps[kRank] = {1, 1, 1, 1, 1};
-  const auto type = p.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                                : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  cuuint32_t steps[kRank];
+  for (cuuint32_t& step : steps) step = 1;
+  const auto type = dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                              : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   const CUresult result =
-      encode(map, type, kRank, const_cast<void*>(p.k_cache), extents, strides, box, steps,
+      encode(map, type, kRank, const_cast<void*>(data), extents, strides, box, steps,
              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+cudaError_t make_key_map(const DecodeParams& p, CUtensorMap* map) {
+  constexpr cuuint64_t kRowBytes = kHeadDim * 2;
+  const cuuint64_t h_kv = p.h_kv;
+  const cuuint64_t num_blocks = p.num_blocks;
+  const cuuint64_t groups = p.groups;
+  const cuuint64_t page_bytes = 64 * h_kv * kRowBytes;
+  return make_map<5>(p.dtype, p.k_cache, {kHeadDim, 64, h_kv, num_blocks, groups},
+                     {h_kv * kRowBytes, kRowBytes, page_bytes, page_bytes * num_blocks},
+                     {64, 64, 1, 1, 1}, map);
+}
+
+int query_box_rows(const DecodeParams& p) {
+  if (p.h_kv == 1 || p.s_q == 1) return p.num_rows() < kRowTile ? p.num_rows() : kRowTile;
+  int rows = kRowTile;  // the largest power of two that divides heads_per_kv
+  while (p.heads_per_kv() % rows != 0) rows /= 2;
+  return rows;
+}
+
+cudaError_t make_query_map(const DecodeParams& p, const void* data, int columns, int stride,
+                           CUtensorMap* map) {
+  const cuuint64_t rows = static_cast<cuuint64_t>(p.groups) * p.batch * p.s_q * p.h_q;
+  const cuuint32_t box_rows = query_box_rows(p);
+  return make_map<2>(p.dtype, data, {static_cast<cuuint64_t>(columns), rows},
+                     {static_cast<cuuint64_t>(stride) * 2}, {64, box_rows}, map);
+}
+
+}  // namespace
+
+cudaError_t make_tensor_maps(const DecodeParams& p, TensorMaps* maps) {
+  maps->q_box_rows = query_box_rows(p);
+  cudaError_t error = make_key_map(p, &maps->keys);
+  if (error == cudaSuccess) {
+    error = make_query_map(p, p.q_nope, kLatentDim, p.q_nope_stride, &maps->q_nope);
+  }
+  if (error == cudaSuccess) {
+    error = make_query_map(p, p.q_rope, kHeadDim - kLatentDim, p.q_rope_stride, &maps->q_rope);
+  }
+  return error;
 }
 
 }  // namespace jax_flashmla

@@ -1,4 +1,4 @@
-// Describes the page pool to the bulk tensor copy engine (TMA).
+// Describes keys and queries to the bulk tensor copy engine (TMA).
 #pragma once
 
 #include <cuda.h>
@@ -8,8 +8,18 @@
 
 namespace jax_flashmla {
 
-// A map of k_cache with coordinates (column, token of the page, KV head, page, group) and boxes of
-// 64 tokens x 64 columns, swizzled by 128 bytes. A page id outside the pool reads as zeros.
-cudaError_t make_pool_map(const DecodeParams& params, CUtensorMap* map);
+// All boxes are 64 columns wide and swizzled by 128 bytes.
+struct TensorMaps {
+  // k_cache, coordinates (column, token of the page, KV head, page, group), boxes of 64 tokens. A
+  // page id outside the pool reads as zeros.
+  CUtensorMap keys;
+  // All query rows, coordinates (column, row), boxes of q_box_rows rows: as many of a row tile as are
+  // always neighbours in memory.
+  CUtensorMap q_nope;
+  CUtensorMap q_rope;
+  int q_box_rows;
+};
+
+cudaError_t make_tensor_maps(const DecodeParams& params, TensorMaps* maps);
 
 }  // namespace jax_flashmla

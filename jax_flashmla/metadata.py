@@ -117,6 +117,7 @@ def _cuda_lowering(ctx, cache_seqlens, *, config):
         cache_seqlens,
         overhead_blocks=np.int32(planner.OVERHEAD_BLOCKS),
         min_split_blocks=np.int32(planner.MIN_SPLIT_BLOCKS),
+        split_cost_blocks=np.int32(planner.SPLIT_COST_BLOCKS),
         max_blocks=np.int32(planner.max_blocks_per_sequence(batch)),
     )
 

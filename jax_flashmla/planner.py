@@ -28,9 +28,14 @@ loading its queries and storing its results, then one unit per block; an empty s
 The line, of total length T, is cut at the multiples of W = max(ceil(T / num_sm_parts),
 MIN_SPLIT_BLOCKS). A cut that would leave fewer than MIN_SPLIT_BLOCKS blocks of a sequence on one
 side moves to that end of the sequence; a cut into the overhead moves to its start. Every quantity
-is then a prefix sum or a division, with no serial walk over the batch; the cost of a partition, its
-blocks plus OVERHEAD_BLOCKS per sequence that it touches (1 for an empty one), is at most
-W + OVERHEAD_BLOCKS + 2 * (MIN_SPLIT_BLOCKS - 1).
+is then a prefix sum or a division, with no serial walk over the batch.
+
+Where all sequences have the same number of blocks, each is cut into the same number of equal pieces,
+one per partition, or whole sequences are dealt out, the same number to each partition; unless that
+leaves so many partitions without work that the cuts above are better by more than SPLIT_COST_BLOCKS.
+
+The cost of a partition, its blocks plus OVERHEAD_BLOCKS per sequence that it touches (1 for an
+empty one), is at most W + OVERHEAD_BLOCKS + max(2 * (MIN_SPLIT_BLOCKS - 1), SPLIT_COST_BLOCKS).
 
 The kernel in `cuda/plan.cu` computes the same numbers, bit for bit.
 """
@@ -45,6 +50,8 @@ BLOCK_TOKENS = 64
 OVERHEAD_BLOCKS = 5
 # Shorter splits cost more in the combine than they gain.
 MIN_SPLIT_BLOCKS = 4
+# What a partition gains if no sequence is split: no partial results, and nothing to combine.
+SPLIT_COST_BLOCKS = 16
 METADATA_COLUMNS = 8
 # The line's length must fit int32; blocks beyond the limit belong to their sequence's last
 # partition, so that a plan stays valid, only unbalanced, for absurd lengths.
@@ -61,6 +68,24 @@ def num_sm_parts(num_q_tokens_per_head_k: int, num_heads_k: int, num_sms: int) -
 def max_blocks_per_sequence(batch: int) -> int:
     """How many blocks of one sequence the plan balances; the rest go to its last partition."""
     return max(1, MAX_LINE // max(batch, 1) - OVERHEAD_BLOCKS)
+
+
+def _even_cuts(blocks: jax.Array, batch: int, parts: int):
+    """Cuts for sequences of `blocks` blocks each.
+
+    Returns the pieces of a sequence, the position of every cut, the split that it starts, and the
+    largest cost of a partition.
+    """
+    per_part = -(-batch // parts)
+    pieces = jnp.clip(blocks // MIN_SPLIT_BLOCKS, 1, max(parts // batch, 1))
+    size, longer = blocks // pieces, blocks % pieces  # the first `longer` have one block more
+    number = jnp.arange(parts + 1, dtype=jnp.int32) * per_part
+    seq, split = number // pieces, number % pieces
+    block = split * size + jnp.minimum(split, longer)
+    done = seq >= batch
+    position = jnp.stack([jnp.minimum(seq, batch), jnp.where(done, 0, block)], axis=1)
+    cost = per_part * (size + (longer > 0) + OVERHEAD_BLOCKS)
+    return pieces, position, jnp.where(done, 0, split), cost
 
 
 def plan_reference(cache_seqlens: jax.Array, parts: int) -> tuple[jax.Array, jax.Array]:
@@ -104,6 +129,16 @@ def plan_reference(cache_seqlens: jax.Array, parts: int) -> tuple[jax.Array, jax
     seq = jnp.where(x >= total, batch, seq + past_end)
     split = jnp.where(inside, cuts - cuts_before[jnp.minimum(seq, batch - 1)], 0)
     position = jnp.stack([seq, jnp.where(inside, block, 0)], axis=1)
+    position = jnp.stack([seq, jnp.where(inside, block, 0)], axis=1)
+
+    # The same number of blocks in all sequences.
+    pieces, even_position, even_split, even_cost = _even_cuts(blocks[0], batch, parts)
+    limit = part_length + OVERHEAD_BLOCKS + jnp.where(pieces == 1, SPLIT_COST_BLOCKS, 0)
+    even = jnp.all(blocks == blocks[0]) & (blocks[0] > 0) & (even_cost <= limit)
+    position = jnp.where(even, even_position, position)
+    split = jnp.where(even, even_split, split)
+    num_splits = jnp.where(even, jnp.arange(batch + 1, dtype=jnp.int32) * pieces, num_splits)
+
     unused = jnp.zeros((parts, 3), jnp.int32)
     metadata = jnp.concatenate([position[:-1], position[1:], split[:-1, None], unused], axis=1)
     return lax.convert_element_type(metadata, jnp.int32), num_splits

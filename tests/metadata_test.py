@@ -86,7 +86,8 @@ def check_plan(test_case, lengths, metadata, num_splits):
 
     total = sum(b + planner.OVERHEAD_BLOCKS if b else 1 for b in blocks)
     mean = max(-(-total // parts), planner.MIN_SPLIT_BLOCKS)
-    slack = planner.OVERHEAD_BLOCKS + 2 * (planner.MIN_SPLIT_BLOCKS - 1)
+    slack = max(2 * (planner.MIN_SPLIT_BLOCKS - 1), planner.SPLIT_COST_BLOCKS)
+    slack += planner.OVERHEAD_BLOCKS
     test_case.assertLessEqual(cost.max(initial=0), mean + slack)
     for count, shortest in zip(splits, shortest_split, strict=True):
         if count > 1:

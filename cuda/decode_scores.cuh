@@ -1,0 +1,294 @@
+// The scores warpgroup of the split kernel: S = Q K^T, and from it the weights P.
+#pragma once
+
+#include "cuda/decode_shared.cuh"
+
+namespace jax_flashmla {
+
+inline constexpr float kLog2E = 1.4426950408889634f;
+inline constexpr float kLn2 = 0.6931471805599453f;
+// The maximum that weights are relative to may lag behind the true one by this much, base 2: the
+// output is then rarely rescaled, and weights stay below 2^8 (the idea is FlashAttention-4's).
+inline constexpr float kMaxLag = 8;
+
+template <typename Element>
+using SharedScoresMma =
+    decltype(make_tiled_mma(GMMA::ss_op_selector<Element, Element, float, Shape<_64, _64, _16>,
+                                                 GMMA::Major::K, GMMA::Major::K>()));
+// With the queries in registers.
+template <typename Element>
+using RegisterScoresMma =
+    decltype(make_tiled_mma(GMMA::rs_op_selector<Element, Element, float, Shape<_64, _64, _16>,
+                                                 GMMA::Major::K, GMMA::Major::K>()));
+
+inline constexpr int kSteps = 4;  // of 16 columns in a tile
+
+// Where lane `lane` of a warp finds its 16 bytes of step `step`, for ldmatrix and stmatrix: rows
+// are of 128 bytes, of which 16-byte vector v is at v ^ row % 8 (the swizzle of TileLayout).
+template <typename Element>
+__device__ __forceinline__ uint128_t* matrix_vector(Element* tile, int thread, int step) {
+  const int row = thread / 32 * 16 + thread % 16;
+  const int vector = (step * 2 + thread % 32 / 16) ^ row % 8;
+  return reinterpret_cast<uint128_t*>(tile) + row * 8 + vector;
+}
+
+// The left half of the queries, as the A operand of sixteen steps.
+template <typename Element>
+__device__ __forceinline__ auto read_queries(Element (&tiles)[kHalfTiles][kTileElements],
+                                             const DecodeParams& p, const Work& work,
+                                             const Rows& rows, int thread) {
+  Tensor q = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<kHalfTiles * kSteps>>>{});
+  Tensor words = recast<uint32_t>(q);
+#pragma unroll
+  for (int i = 0; i < kHalfTiles * kSteps; ++i) {
+    SM75_U32x4_LDSM_N::copy(*matrix_vector(tiles[i / kSteps], thread, i % kSteps), words(4 * i),
+                            words(4 * i + 1), words(4 * i + 2), words(4 * i + 3));
+  }
+  // The ring's slot holds old keys where there are no queries: perhaps NaN.
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (work.tile * kRowTile + rows.row(half) < p.num_rows()) continue;
+#pragma unroll
+    for (int i = 0; i < kHalfTiles * kSteps * 2; ++i) words(2 * i + half) = 0;
+  }
+  return q;
+}
+
+// Issues S = Q K^T, tile by tile as they land.
+template <typename Element, typename Queries, typename Scores>
+__device__ __forceinline__ void issue_scores(SharedMemory<Element>& smem, const Queries& q_left,
+                                             Ring<kHalfSlots>& half, const Ring<kRopeSlots>& rope,
+                                             int thread, Scores& scores) {
+  RegisterScoresMma<Element> left_mma;
+  SharedScoresMma<Element> right_mma;
+  const auto slice = right_mma.get_slice(thread);
+  const auto keys = [&](Element* tile) {
+    return slice.partition_fragment_B(make_tensor(make_smem_ptr(tile), TileLayout<Element>{}));
+  };
+  const auto queries = [&](Element* tile) {
+    return slice.partition_fragment_A(make_tensor(make_smem_ptr(tile), TileLayout<Element>{}));
+  };
+  warpgroup_fence_operand(scores);
+  left_mma.accumulate_ = GMMA::ScaleOut::Zero;
+#pragma unroll
+  for (int tile = 0; tile < kHalfTiles; ++tile) {
+    smem.half_full[half.slot][tile].wait(half.parity);
+    warpgroup_arrive();
+    Tensor b = keys(smem.halves[half.slot][tile]);
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      cute::gemm(left_mma, q_left(_, _, tile * kSteps + step), b(_, _, step), scores);
+      left_mma.accumulate_ = GMMA::ScaleOut::One;
+    }
+  }
+  half.advance();
+#pragma unroll
+  for (int tile = 0; tile <= kHalfTiles; ++tile) {
+    const bool rotary = tile == kHalfTiles;
+    if (rotary) {
+      smem.rope_full[rope.slot].wait(rope.parity);
+    } else {
+      smem.half_full[half.slot][tile].wait(half.parity);
+    }
+    warpgroup_arrive();
+    Tensor a = queries(smem.q[tile]);
+    Tensor b = keys(rotary ? smem.rope[rope.slot] : smem.halves[half.slot][tile]);
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      cute::gemm(right_mma, a(_, _, step), b(_, _, step), scores);
+    }
+  }
+  half.advance();
+  warpgroup_commit_batch();
+}
+
+// Scales the scores to base 2 and masks those past what each row may see.
+template <typename Scores>
+__device__ __forceinline__ void scale_and_mask(const DecodeParams& p, const Work& work,
+                                               const Item& item, int block, const Rows& rows,
+                                               Scores& scores) {
+  const float scale = p.softmax_scale * kLog2E;
+#pragma unroll
+  for (int i = 0; i < size(scores); ++i) scores(i) *= scale;
+  const int first_hidden = item.length - (p.causal ? p.s_q - 1 : 0);
+  if ((block + 1) * kBlock <= first_hidden) return;
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const int token = (work.tile * kRowTile + rows.row(row)) / p.heads_per_kv();
+    const int visible = (p.causal ? item.length - p.s_q + 1 + token : item.length) - block * kBlock;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const int key = i / 2 * 8 + rows.column + i % 2;
+      if (key >= min(visible, item.length - block * kBlock)) {
+        scores(i / 2 * 4 + row * 2 + i % 2) = -INFINITY;
+      }
+    }
+  }
+}
+
+// Zeroes the keys past the end, which may be NaN: as values, 0 * NaN would reach the output.
+// `left`: the ring's position of the block's left half.
+template <typename Element>
+__device__ __forceinline__ void clear_past_end(SharedMemory<Element>& smem, Ring<kHalfSlots> left,
+                                               int valid, int thread) {
+  constexpr int kVectors = kHalfTiles * 8;  // of 16 bytes in a row of a half
+#pragma unroll 1
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll 1
+    for (int i = thread; i < (kBlock - valid) * kVectors; i += kWarpgroup) {
+      const int row = valid + i / kVectors;
+      const int vector = i % kVectors;
+      // Swizzling permutes vectors inside a row of a tile: all of them are cleared.
+      uint4* tile = reinterpret_cast<uint4*>(smem.halves[left.slot][vector / 8]);
+      tile[row * 8 + vector % 8] = make_uint4(0, 0, 0, 0);
+    }
+    left.advance();
+  }
+}
+
+// Over the four threads that share a row.
+__device__ __forceinline__ float row_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+__device__ __forceinline__ float row_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+// 2^x in one instruction; results below 2^-126 become zero.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Of a thread's two rows, over the blocks so far.
+struct Statistics {
+  float max[2] = {-FLT_MAX, -FLT_MAX};  // base 2; may lag, see kMaxLag
+  float sum[2] = {0, 0};                // this thread's part
+};
+
+// Scores become weights 2^(score - max). Returns the factors from the old maxima to the new ones.
+template <typename Scores>
+__device__ __forceinline__ void softmax(Scores& scores, Statistics& stats, float (&factor)[2]) {
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const auto score = [&](int i) -> float& { return scores(i / 2 * 4 + row * 2 + i % 2); };
+    float top = score(0);
+#pragma unroll
+    for (int i = 1; i < 16; ++i) top = fmaxf(top, score(i));
+    top = row_max(top);
+    const float max = top > stats.max[row] + kMaxLag ? top : stats.max[row];
+    factor[row] = exp2_approx(stats.max[row] - max);
+    stats.max[row] = max;
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      score(i) = exp2_approx(score(i) - max);
+      sum += score(i);
+    }
+    stats.sum[row] = stats.sum[row] * factor[row] + sum;
+  }
+}
+
+// Writes the weights of a block over its rotary tile. An accumulator's registers, packed in pairs,
+// are four matrices of 8 x 8 for each step.
+template <typename Element, typename Weights>
+__device__ __forceinline__ void store_weights(Element (&tile)[kTileElements], int thread,
+                                              const Weights& weights) {
+  Tensor packed = make_tensor<Element>(Shape<Int<size(Weights{})>>{});
+#pragma unroll
+  for (int i = 0; i < size(packed); ++i) packed(i) = Element(weights(i));
+  Tensor words = recast<uint32_t>(packed);
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    SM90_U32x4_STSM_N::copy(words(4 * step), words(4 * step + 1), words(4 * step + 2),
+                            words(4 * step + 3), *matrix_vector(tile, thread, step));
+  }
+}
+
+// Where the log-sum-exp (base 2) of a row goes.
+__device__ __forceinline__ void write_lse(const DecodeParams& p, const Work& work, const Item& item,
+                                          int row, float lse) {
+  if (row >= p.num_rows()) return;
+  if (item.slot < 0) {
+    const int64_t group_seq = static_cast<int64_t>(work.group) * p.batch + item.seq;
+    const int head = work.head * p.heads_per_kv() + row % p.heads_per_kv();
+    const int token = row / p.heads_per_kv();
+    p.lse[(group_seq * p.h_q + head) * p.s_q + token] = lse * kLn2;
+  } else {
+    p.partial_lse[partial_row(p, work, item, row)] = lse;
+  }
+}
+
+template <int kCtas, typename Element>
+__device__ __forceinline__ void run_scores(const DecodeParams& p, SharedMemory<Element>& smem,
+                                           int thread) {
+  const Work& work = smem.work;
+  const Rows rows(thread);
+  const int lane = thread % 32;
+  const bool writer = rows.column == 0;  // of its rows' statistics
+  Ring<kHalfSlots> half;
+  Ring<kRopeSlots> rope;
+  uint32_t q_parity = 0;
+#pragma unroll 1
+  for (int seq = work.begin_seq; has_item(work, seq); ++seq) {
+    const Item item = find_item(p, work, seq);
+    Statistics stats;
+    float total[2] = {0, 0};
+    if (item.blocks() > 0) {
+#pragma unroll
+      for (int tile = 0; tile < kHalfTiles; ++tile) {
+        smem.half_full[half.slot][tile].wait(half.parity);
+      }
+      const Tensor q_left = read_queries(smem.halves[half.slot], p, work, rows, thread);
+      __syncwarp();
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        release<kCtas>(smem.half_empty[half.slot][part], lane);
+      }
+      half.advance();
+      smem.q_full.wait(q_parity);
+      q_parity ^= 1;
+#pragma unroll 1
+      for (int block = item.first; block < item.last; ++block) {
+        const Ring<kHalfSlots> left = half;
+        Tensor scores = partition_fragment_C(SharedScoresMma<Element>{}, Shape<_64, _64>{});
+        issue_scores(smem, q_left, half, rope, thread, scores);
+        warpgroup_wait<0>();
+        warpgroup_fence_operand(scores);
+        const bool last = block + 1 == item.last;
+        if (last) release<1>(smem.q_empty, lane);
+
+        scale_and_mask(p, work, item, block, rows, scores);
+        float factor[2];
+        softmax(scores, stats, factor);
+        store_weights(smem.rope[rope.slot], thread, scores);
+        const int valid = item.length - block * kBlock;
+        if (valid < kBlock) clear_past_end(smem, left, valid, thread);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          // The output is still zero before the first block.
+          if (writer) smem.factor[rope.slot][rows.row(i)] = block == item.first ? 1 : factor[i];
+          if (last) {
+            total[i] = row_sum(stats.sum[i]);
+            if (writer) {
+              smem.inverse[rope.slot][rows.row(i)] = total[i] == 0 ? 0 : 1 / total[i];
+            }
+          }
+        }
+        cutlass::arch::fence_view_async_shared();
+        smem.weights[rope.slot].arrive();
+        rope.advance();
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float lse = total[i] == 0 ? -INFINITY : stats.max[i] + log2f(total[i]);
+      if (writer) write_lse(p, work, item, work.tile * kRowTile + rows.row(i), lse);
+    }
+  }
+}
+
+}  // namespace jax_flashmla
