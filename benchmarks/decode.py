@@ -2,8 +2,9 @@
 
 Runs the shapes of `peers_h200.json`, which has the times of FlashMLA and FlashAttention-3 on an
 H200. Each shape is checked against float32 first, then timed alone (split and combine kernels, many
-launches in one CUDA graph) and against plain gather + einsum through XLA. Needs a Hopper GPU and
-the native module.
+launches in one CUDA graph), against the time of its loads alone, and against plain gather + einsum
+through XLA. The chip's ceilings are measured in the same run, since they drift with temperature.
+Needs a Hopper GPU and the native module.
 """
 
 import argparse
@@ -25,6 +26,9 @@ ROUNDS = 3
 REPLAYS = 8
 GRAPH_MICROSECONDS = 10_000  # about as long as one graph should run
 MATMUL = 8192
+READ_BYTES = 8 * 2**30
+FULL_BATCH = 32  # from here on, the chip's ceilings bound the shapes, and not latency
+ROW_TILE = 64  # query rows of a thread block
 # The plain version gathers the whole cache; above this it is not worth the memory.
 PLAIN_BYTES = 8 * 2**30
 
@@ -48,8 +52,8 @@ def check(operands, metadata):
                 raise AssertionError(f"relative error {error:.1e}, lse error {lse_error:.1e}")
 
 
-def time_kernels(operands, metadata, combine, launches):
-    """Microseconds per decode, one sample per replay."""
+def time_kernels(operands, metadata, what, launches):
+    """Microseconds per launch of "decode", "split", "combine" or "floor", a sample per replay."""
     q, k_cache, table, _ = operands
     batch, s_q, heads, _ = q.shape
     parts = metadata.tile_scheduler_metadata.shape[0]
@@ -71,7 +75,8 @@ def time_kernels(operands, metadata, combine, launches):
         max_blocks=table.shape[1],
         num_parts=parts,
         slots=slots,
-        combine=combine,
+        causal=True,
+        what=what,
         launches=launches,
         replays=REPLAYS,
     )
@@ -94,6 +99,18 @@ def measure_matmul():
     return 2 * MATMUL**3 / time_wall(product, x, x, calls=20) / 1e6
 
 
+def measure_read():
+    """GB/s of reading a large float32 array: the run's other ceiling."""
+    x = jax.random.normal(jax.random.key(0), (READ_BYTES // 4,), jnp.float32)
+    total = jax.jit(jnp.sum).lower(x).compile()
+    return READ_BYTES / time_wall(total, x, calls=20) / 1e3
+
+
+def measure_ceilings():
+    """Both ceilings."""
+    return {"matmul_tflops": round(measure_matmul(), 1), "read_gb_per_s": round(measure_read(), 1)}
+
+
 def measure(peer):
     """Returns a row of the report."""
     batch, s_q, heads, length = (peer[key] for key in ("b", "s_q", "h_q", "s_k"))
@@ -101,21 +118,39 @@ def measure(peer):
     metadata = get_mla_metadata(operands[3], s_q * heads, 1)
     check(operands, metadata)
     launches = int(np.clip(GRAPH_MICROSECONDS / peer["decode_us"], 4, 200))
-    samples = {"split": [], "decode": []}
+    kinds = ["split", "combine", "decode"] + ["floor"] * (s_q * heads <= ROW_TILE)
+    samples = {kind: [] for kind in kinds}
     for _ in range(ROUNDS):
-        samples["split"] += time_kernels(operands, metadata, False, launches)
-        samples["decode"] += time_kernels(operands, metadata, True, launches)
+        for kind in kinds:
+            samples[kind] += time_kernels(operands, metadata, kind, launches)
     row = {"batch": batch, "s_q": s_q, "heads": heads, "tokens": length}
     row |= {f"{name}_us": report.summary(values) for name, values in samples.items()}
     decode_us = row["decode_us"]["median"]
     row["tflops"] = round(2 * s_q * heads * batch * length * 1088 / decode_us / 1e6, 1)
     row["gb_per_s"] = round(batch * length * 1152 / decode_us / 1e3, 1)
+    if "floor" in samples:
+        row["over_floor"] = round(decode_us / row["floor_us"]["median"], 3)
     row["flashmla_us"] = peer["decode_us"]
+    row["over_flashmla"] = round(decode_us / peer["decode_us"], 3)
     row["fa3_us"] = peer["fa3_decode_us"]
     if s_q == 1 and batch * length * 1152 <= PLAIN_BYTES:
         plain = jax.jit(plain_decode).lower(*operands).compile()
         row["plain_xla_us"] = round(time_wall(plain, *operands, calls=10), 1)
     return row
+
+
+def add_normalised_ratios(rows, ceilings, peer_ceilings):
+    """Adds the ratios to FlashMLA's times as if both runs had had the same ceilings."""
+    peer_matmul = np.mean(peer_ceilings["matmul_bf16_8192_tflops_before_and_after"])
+    peer_read = np.mean(peer_ceilings["hbm_read_gb_per_s"])
+    matmul = np.mean([ceiling["matmul_tflops"] for ceiling in ceilings.values()])
+    read = np.mean([ceiling["read_gb_per_s"] for ceiling in ceilings.values()])
+    for row in rows:
+        scale = 1.0
+        if row["batch"] >= FULL_BATCH:
+            few_rows = row["s_q"] * row["heads"] <= ROW_TILE
+            scale = read / peer_read if few_rows else matmul / peer_matmul
+        row["over_flashmla_normalised"] = round(float(row["over_flashmla"] * scale), 3)
 
 
 def main():
@@ -126,51 +161,50 @@ def main():
     reason = native.why_no_kernel("decode")
     if reason is not None:
         sys.exit(f"benchmarks.decode times the CUDA kernel, and there is none here: {reason}.")
-    before = measure_matmul()
-    rows = [measure(peer) for peer in json.loads(PEERS.read_text())["rows"]]
-    after = measure_matmul()
+    peers = json.loads(PEERS.read_text())
+    before = measure_ceilings()
+    rows = [measure(peer) for peer in peers["rows"]]
+    ceilings = {"before": before, "after": measure_ceilings()}
+    add_normalised_ratios(rows, ceilings, peers["ceilings_same_run"])
     what = (
         "Paged MLA decode, bfloat16, page size 64, equal lengths: split_us the split kernel, "
-        "decode_us split and combine, in a CUDA graph; checked against float32 first. flashmla_us "
-        "and fa3_us: from peers_h200.json, another run on the same kind of chip. plain_xla_us: "
-        "gather + einsum, wall time of pipelined calls. bfloat16 matrix product of "
-        f"{MATMUL}^3 before and after: {before:.0f} and {after:.0f} TFLOP/s."
+        "combine_us the combine kernel, decode_us both, floor_us the loads of the split kernel "
+        "alone, in a CUDA graph; checked against float32 first. flashmla_us and fa3_us: from "
+        "peers_h200.json, another run on the same kind of chip; over_flashmla_normalised: the "
+        "ratio after scaling each time by its run's ceiling (matrix product above 64 query rows, "
+        "else reading), where the batch fills the chip. plain_xla_us: gather + einsum, wall time "
+        f"of pipelined calls. ceilings: a bfloat16 product of {MATMUL}^3, a sum of "
+        f"{READ_BYTES / 2**30:.0f} GiB of float32."
     )
-    report.write("decode", what, rows, args.out)
+    report.write("decode", what, rows, args.out, ceilings=ceilings)
+    print(f"ceilings: {ceilings}")
+    columns = {
+        "batch": "batch",
+        "s_q": "s_q",
+        "heads": "heads",
+        "tokens": "tokens",
+        "split": "split_us",
+        "combine": "combine_us",
+        "decode": "decode_us",
+        "TFLOP/s": "tflops",
+        "GB/s": "gb_per_s",
+        "/ floor": "over_floor",
+        "FlashMLA": "flashmla_us",
+        "FA3": "fa3_us",
+        "plain XLA": "plain_xla_us",
+        "/ FlashMLA": "over_flashmla",
+        "normalised": "over_flashmla_normalised",
+    }
     report.print_table(
         "decode, µs",
-        [
-            "batch",
-            "s_q",
-            "heads",
-            "tokens",
-            "split",
-            "decode",
-            "TFLOP/s",
-            "GB/s",
-            "FlashMLA",
-            "FA3",
-            "plain XLA",
-            "FlashMLA / ours",
-        ],
-        [
-            [
-                row["batch"],
-                row["s_q"],
-                row["heads"],
-                row["tokens"],
-                f"{row['split_us']['median']:.1f}",
-                f"{row['decode_us']['median']:.1f}",
-                f"{row['tflops']:.0f}",
-                f"{row['gb_per_s']:.0f}",
-                row["flashmla_us"],
-                row["fa3_us"],
-                row.get("plain_xla_us", ""),
-                f"{row['flashmla_us'] / row['decode_us']['median']:.2f}",
-            ]
-            for row in rows
-        ],
+        list(columns),
+        [[cell(row.get(key, "")) for key in columns.values()] for row in rows],
     )
+
+
+def cell(value):
+    """A table's entry: of several samples, the median."""
+    return f"{value['median']:.1f}" if isinstance(value, dict) else value
 
 
 if __name__ == "__main__":

@@ -83,11 +83,11 @@ def summary(samples) -> dict:
     }
 
 
-def write(name: str, what: str, rows: list[dict], directory: str | None) -> None:
-    """Writes `<directory>/<name>.json`; the default directory is benchmarks/results."""
+def write(name: str, what: str, rows: list[dict], directory: str | None, **extra) -> None:
+    """Writes `<directory>/<name>.json`, with `extra`; default directory: benchmarks/results."""
     path = pathlib.Path(directory or RESULTS) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"what": what, "environment": environment(), "rows": rows}
+    record = {"what": what, "environment": environment(), **extra, "rows": rows}
     text = json.dumps(record, indent=1)
     # Lists of samples on one line, so that a diff shows rows.
     text = re.sub(r"\[[^\[\]{}]*\]", lambda numbers: " ".join(numbers[0].split()), text)

@@ -72,7 +72,8 @@ def xla_decode(platform):
 
 
 def decode():
-    """The decode kernel against the peers and plain XLA."""
+    """The decode kernel against its ceilings, the peers and plain XLA."""
+    record = load("decode")
     rows = [
         [
             row["batch"],
@@ -82,21 +83,50 @@ def decode():
             f"{row['decode_us']['median']:.1f}",
             f"{row['gb_per_s']:,.0f}",
             f"{row['tflops']:.0f}",
+            f"{row['floor_us']['median']:.1f}" if "floor_us" in row else "",
             f"{row['plain_xla_us']:,.0f}" if "plain_xla_us" in row else "",
             f"{row['flashmla_us']:.1f}",
             f"{row['fa3_us']:.1f}",
         ]
-        for row in load("decode")["rows"]
+        for row in record["rows"]
     ]
     columns = [
         *["sequences", "query tokens", "heads", "keys", "ours, µs", "GB/s", "TFLOP/s"],
-        *["plain XLA, µs", "FlashMLA, µs", "FlashAttention-3, µs"],
+        *["loads alone, µs", "plain XLA, µs", "FlashMLA, µs", "FlashAttention-3, µs"],
     ]
-    return markdown_table(columns, rows) + source("decode")
+    ceilings = (
+        f"\nCeilings of the run, {when}: {ceiling['read_gb_per_s']:,.0f} GB/s read, "
+        f"{ceiling['matmul_tflops']:.0f} TFLOP/s in a large matrix product."
+        for when, ceiling in record["ceilings"].items()
+    )
+    return markdown_table(columns, rows) + "".join(ceilings) + "\n" + source("decode")
+
+
+def layers():
+    """What a jitted program of many layers adds to the kernel."""
+    rows = [
+        [
+            row["batch"],
+            row["heads"],
+            f"{row['tokens']:,}",
+            f"{row['layer_us']['median']:.1f}",
+            f"{row['kernel_us']['median']:.1f}",
+            ", ".join(
+                f"{count} × {name.split(' ')[0]}" for name, count in sorted(row["launches"].items())
+            ),
+        ]
+        for row in load("layers")["rows"]
+    ]
+    columns = [
+        *["sequences", "heads", "keys", "in the program, µs a layer", "kernels alone, µs"],
+        "launch calls of the program",
+    ]
+    return markdown_table(columns, rows) + source("layers")
 
 
 TABLES = {
     "decode": decode,
+    "layers": layers,
     "planner": planner,
     "xla_decode_cpu": lambda: xla_decode("cpu"),
     "xla_decode_gpu": lambda: xla_decode("gpu"),

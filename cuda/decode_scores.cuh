@@ -267,6 +267,7 @@ __device__ __forceinline__ void run_scores(const DecodeParams& p, SharedMemory<E
         store_weights(smem.rope[rope.slot], thread, scores);
         const int valid = item.length - block * kBlock;
         if (valid < kBlock) clear_past_end(smem, left, valid, thread);
+        smem.factors_read[rope.slot].wait(rope.parity ^ 1);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           // The output is still zero before the first block.

@@ -74,6 +74,7 @@ struct SharedMemory {
   EmptyBarrier half_empty[kHalfSlots][kParts];  // their only reader is done with them
   EmptyBarrier rope_empty[kRopeSlots];          // both value warpgroups are done with P
   EmptyBarrier weights[kRopeSlots];             // P, factor and inverse are written
+  EmptyBarrier factors_read[kRopeSlots];        // factor and inverse may be overwritten
   EmptyBarrier q_empty;                         // all scores with q are computed
 };
 static_assert(sizeof(SharedMemory<cutlass::bfloat16_t>) <= 232448, "an SM has 227 KiB");

@@ -21,6 +21,7 @@ __device__ __forceinline__ void init_barriers(SharedMemory<Element>& smem) {
     smem.rope_full[slot].init(1);
     smem.rope_empty[slot].init(2 * kWarps * kCtas);
     smem.weights[slot].init(kWarpgroup);
+    smem.factors_read[slot].init(2 * kWarpgroup);
   }
   smem.q_full.init(1);
   smem.q_empty.init(kWarps);

@@ -71,6 +71,7 @@ __device__ __forceinline__ void run_values(const DecodeParams& p, SharedMemory<E
         issue_values(smem.rope[rope.slot], smem.halves[half.slot][part * kPartTiles], thread,
                      out(_, _, part));
       }
+      smem.factors_read[rope.slot].arrive();
       warpgroup_wait<1>();
       release<kCtas>(smem.half_empty[half.slot][0], lane);
       warpgroup_wait<0>();

@@ -30,9 +30,10 @@ MIN_SPLIT_BLOCKS). A cut that would leave fewer than MIN_SPLIT_BLOCKS blocks of 
 side moves to that end of the sequence; a cut into the overhead moves to its start. Every quantity
 is then a prefix sum or a division, with no serial walk over the batch.
 
-Where all sequences have the same number of blocks, each is cut into the same number of equal pieces,
-one per partition, or whole sequences are dealt out, the same number to each partition; unless that
-leaves so many partitions without work that the cuts above are better by more than SPLIT_COST_BLOCKS.
+Where all sequences have the same number of blocks, each is cut into the same number of equal
+pieces, one per partition, or whole sequences are dealt out, the same number to each partition;
+unless that leaves so many partitions without work that the cuts above are better by more than
+SPLIT_COST_BLOCKS.
 
 The cost of a partition, its blocks plus OVERHEAD_BLOCKS per sequence that it touches (1 for an
 empty one), is at most W + OVERHEAD_BLOCKS + max(2 * (MIN_SPLIT_BLOCKS - 1), SPLIT_COST_BLOCKS).
@@ -49,7 +50,7 @@ BLOCK_TOKENS = 64
 # (deepseek-ai/FlashMLA, fixed_overhead_num_blocks); to be tuned with the decode kernel.
 OVERHEAD_BLOCKS = 5
 # Shorter splits cost more in the combine than they gain.
-MIN_SPLIT_BLOCKS = 4
+MIN_SPLIT_BLOCKS = 2
 # What a partition gains if no sequence is split: no partial results, and nothing to combine.
 SPLIT_COST_BLOCKS = 16
 METADATA_COLUMNS = 8

@@ -1,5 +1,7 @@
 """What several test files share: when to skip, and what counts as close enough."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,9 +19,12 @@ def need_kernel(test_case, operation):
         (test_case.fail if gpu_required else test_case.skipTest)(reason)
 
 
-@jax.jit
-def decode_in_low_precision(problem_arrays, softmax_scale, causal):
+@functools.partial(jax.jit, static_argnames="weights_dtype")
+def decode_in_low_precision(problem_arrays, softmax_scale, causal, weights_dtype=None):
     """The same computation, written plainly: inputs and weights in 16 bits, sums in float32.
+
+    With `weights_dtype=float32`, weights and results are kept in float32: the reference for cases
+    that are too large for float64 in NumPy.
 
     Sets the scale for errors: a 16-bit result cannot be held to float64. One sequence at a time,
     so that large cases fit in memory. Pages that must not be read are replaced by zeros first.
@@ -48,10 +53,10 @@ def decode_in_low_precision(problem_arrays, softmax_scale, causal):
         top = jnp.maximum(scores.max(-1, keepdims=True), -1e30)
         weights = jnp.exp(scores - top)
         total = weights.sum(-1)
-        out = product("ghst,tgv->ghsv", weights.astype(q.dtype), keys[..., :512])
+        out = product("ghst,tgv->ghsv", weights.astype(weights_dtype or q.dtype), keys[..., :512])
         out = jnp.where(total[..., None] > 0, out / total[..., None], 0)
         lse = jnp.log(total) + top[..., 0]
-        out = out.transpose(2, 0, 1, 3).reshape(s_q, h_q, -1).astype(q.dtype)
+        out = out.transpose(2, 0, 1, 3).reshape(s_q, h_q, -1).astype(weights_dtype or q.dtype)
         return out, lse.reshape(h_q, s_q)
 
     return lax.map(decode_one, (q, block_table, cache_seqlens))

@@ -1,6 +1,7 @@
 #include "cuda/bench/bindings.h"
 
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <stdexcept>
@@ -8,6 +9,7 @@
 #include <vector>
 
 #include "cuda/bench/graph_timer.h"
+#include "cuda/bench/load_floor.h"
 #include "cuda/decode.h"
 #include "cuda/plan.h"
 
@@ -67,10 +69,11 @@ std::vector<float> time_plan(HostLengths cache_seqlens, int num_parts, int overh
 // Times decode on device arrays that the caller keeps alive, given by their addresses
 // (jax.Array.unsafe_buffer_pointer) in the order q, k_cache, block_table, cache_seqlens,
 // tile_scheduler_metadata, num_splits, out, lse, partial_out, partial_lse.
-// One group, bfloat16, whole queries. `combine`: time both kernels, or the split kernel alone.
+// One group, bfloat16, whole queries. `what`: "decode", its kernels "split" and "combine", or
+// "floor".
 std::vector<float> time_decode(const std::vector<uintptr_t>& operands, int batch, int s_q, int h_q,
                                int h_kv, int num_blocks, int max_blocks, int num_parts, int slots,
-                               bool combine, int launches, int replays) {
+                               bool causal, const std::string& what, int launches, int replays) {
   if (operands.size() != 10) throw std::invalid_argument("expected the addresses of 10 arrays");
   const auto pointer = [&](int i) { return reinterpret_cast<void*>(operands[i]); };
   const auto ints = [&](int i) { return static_cast<const int32_t*>(pointer(i)); };
@@ -99,13 +102,17 @@ std::vector<float> time_decode(const std::vector<uintptr_t>& operands, int batch
       .num_parts = num_parts,
       .slots = slots,
       .softmax_scale = 1.0f / 24,
-      .causal = true,
+      .causal = causal,
   };
   std::vector<float> microseconds;
-  const auto launch = [&](cudaStream_t stream) {
-    return combine ? launch_decode(params, stream) : launch_split(params, stream);
-  };
-  check(time_in_graph(launch, launches, replays, microseconds));
+  cudaError_t (*launch)(const DecodeParams&, cudaStream_t) = nullptr;
+  if (what == "decode") launch = launch_decode;
+  if (what == "split") launch = launch_split;
+  if (what == "combine") launch = launch_combine;
+  if (what == "floor") launch = launch_load_floor;
+  if (launch == nullptr) throw std::invalid_argument("unknown: " + what);
+  const auto enqueue = [&](cudaStream_t stream) { return launch(params, stream); };
+  check(time_in_graph(enqueue, launches, replays, microseconds));
   return microseconds;
 }
 
@@ -118,8 +125,8 @@ void bind_benchmarks(nb::module_& module) {
              "launches"_a, "replays"_a,
              "Microseconds per launch of the planner, one sample per replay of a CUDA graph.");
   module.def("time_decode", &time_decode, "operands"_a, nb::kw_only(), "batch"_a, "s_q"_a, "h_q"_a,
-             "h_kv"_a, "num_blocks"_a, "max_blocks"_a, "num_parts"_a, "slots"_a, "combine"_a,
-             "launches"_a, "replays"_a,
+             "h_kv"_a, "num_blocks"_a, "max_blocks"_a, "num_parts"_a, "slots"_a, "causal"_a,
+             "what"_a, "launches"_a, "replays"_a, nb::call_guard<nb::gil_scoped_release>(),
              "Microseconds per decode, one sample per replay of a CUDA graph.");
 }
 

@@ -1,0 +1,70 @@
+#include <cutlass/numeric_types.h>
+
+#include "cuda/bench/load_floor.h"
+#include "cuda/decode_load.cuh"
+
+namespace jax_flashmla {
+namespace {
+
+constexpr int kSlots = 3;  // blocks in flight
+
+struct FloorMemory {
+  alignas(1024) cutlass::bfloat16_t k[kSlots][kTiles][kTileElements];
+  FullBarrier full[kSlots];
+};
+
+__global__ void __launch_bounds__(32) load_floor_kernel(const __grid_constant__ DecodeParams p,
+                                                        const __grid_constant__ TensorMaps maps) {
+  extern __shared__ __align__(1024) char raw[];
+  auto& smem = *reinterpret_cast<FloorMemory*>(raw);
+  const int lane = threadIdx.x;
+  if (lane == 0) {
+    for (FullBarrier& barrier : smem.full) barrier.init(1);
+    cutlass::arch::fence_barrier_init();
+  }
+  __syncwarp();
+
+  const Work work = find_work(p);
+  Ring<kSlots> slot;
+  int loaded = 0;
+  for (int seq = work.begin_seq; has_item(work, seq); ++seq) {
+    const Item item = find_item(p, work, seq);
+    const int32_t* table =
+        p.block_table + (static_cast<int64_t>(work.group) * p.batch + seq) * p.max_blocks;
+    for (int block = item.first; block < item.last; ++block) {
+      if (loaded >= kSlots) smem.full[slot.slot].wait(slot.parity ^ 1);
+      if (lane == 0) smem.full[slot.slot].arrive_and_expect_tx(kTiles * kTileBytes);
+      __syncwarp();
+      if (lane < kTiles) {
+        load_tile<1>(&maps.keys, smem.full[slot.slot], smem.k[slot.slot][lane], lane, work.head,
+                     table[block], work.group);
+      }
+      slot.advance();
+      ++loaded;
+    }
+  }
+  // The last block into each slot.
+  for (int i = 0; i < kSlots; ++i) {
+    const bool used = loaded >= kSlots || i < loaded;
+    const uint32_t parity = i < slot.slot ? slot.parity : slot.parity ^ 1;
+    if (used) smem.full[i].wait(parity);
+  }
+}
+
+}  // namespace
+
+cudaError_t launch_load_floor(const DecodeParams& p, cudaStream_t stream) {
+  if (p.row_tiles() != 1) return cudaErrorInvalidValue;
+  TensorMaps maps;
+  cudaError_t error = make_tensor_maps(p, &maps);
+  if (error != cudaSuccess) return error;
+  constexpr int kBytes = sizeof(FloorMemory);
+  error =
+      cudaFuncSetAttribute(load_floor_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (error != cudaSuccess) return error;
+  const unsigned ctas = static_cast<unsigned>(p.groups * p.num_parts * p.h_kv);
+  load_floor_kernel<<<ctas, 32, kBytes, stream>>>(p, maps);
+  return cudaGetLastError();
+}
+
+}  // namespace jax_flashmla
