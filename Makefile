@@ -40,6 +40,7 @@ bench: $(VENV)/ready
 	@$(RUN) -m benchmarks.xla_decode
 	-@$(RUN) -m benchmarks.planner
 	-@$(RUN) -m benchmarks.decode
+	-@$(RUN) -m benchmarks.layers
 
 # The tables in README.md, from the JSON.
 tables: $(VENV)/ready

@@ -112,7 +112,7 @@ def layers():
             f"{row['layer_us']['median']:.1f}",
             f"{row['kernel_us']['median']:.1f}",
             ", ".join(
-                f"{count} × {name.split(' ')[0]}" for name, count in sorted(row["launches"].items())
+                f"{count} x {name.split(' ')[0]}" for name, count in sorted(row["launches"].items())
             ),
         ]
         for row in load("layers")["rows"]

@@ -13,8 +13,8 @@ struct TensorMaps {
   // k_cache, coordinates (column, token of the page, KV head, page, group), boxes of 64 tokens. A
   // page id outside the pool reads as zeros.
   CUtensorMap keys;
-  // All query rows, coordinates (column, row), boxes of q_box_rows rows: as many of a row tile as are
-  // always neighbours in memory.
+  // All query rows, coordinates (column, row), boxes of q_box_rows rows: as many of a row tile as
+  // are always neighbours in memory.
   CUtensorMap q_nope;
   CUtensorMap q_rope;
   int q_box_rows;

@@ -126,6 +126,27 @@ class PlanTest(parameterized.TestCase):
         self.assertTrue((np.diff(num_splits) >= 1).all())
         self.assertLess(num_splits[-1], batch + len(metadata))
 
+    @parameterized.parameters((1, 64, 32), (8, 64, 16), (32, 64, 4), (64, 65, 2), (128, 64, 1))
+    def test_equal_lengths_get_equal_pieces(self, batch, blocks, pieces):
+        metadata, num_splits = plan(jnp.full(batch, 64 * blocks, jnp.int32))
+        np.testing.assert_array_equal(num_splits, np.arange(batch + 1) * pieces)
+        begin, end = np.asarray(metadata)[: batch * pieces].reshape(-1, 4, 2).swapaxes(0, 1)[:2]
+        seqs, firsts = begin.T
+        np.testing.assert_array_equal(seqs, np.repeat(np.arange(batch), pieces))
+        lasts = np.where(end[:, 0] == seqs, end[:, 1], blocks)
+        self.assertLessEqual(np.ptp(lasts - firsts), 1)
+
+    def test_equal_lengths_are_dealt_out_whole(self):
+        # 66 partitions: two sequences for 64 of them, none for two, rather than 66 split ones.
+        metadata, num_splits = plan(jnp.full(128, 4096, jnp.int32), rows=128)
+        np.testing.assert_array_equal(num_splits, np.arange(129))
+        np.testing.assert_array_equal(np.asarray(metadata)[:64, 0], np.arange(0, 128, 2))
+        np.testing.assert_array_equal(np.asarray(metadata)[64:, :4], [[128, 0, 128, 0]] * 2)
+
+    def test_equal_lengths_are_split_where_whole_ones_leave_too_many_idle(self):
+        _, num_splits = plan(jnp.full(100, 64 * 200, jnp.int32))
+        self.assertGreater(int(num_splits[-1]), 100)
+
     @parameterized.parameters((16, 1, 132), (64, 1, 132), (65, 1, 66), (128, 2, 33), (9000, 8, 1))
     def test_partitions_fill_the_sms_once(self, rows, heads, parts):
         metadata, _ = plan(jnp.zeros(3, jnp.int32), rows, heads)

@@ -21,9 +21,9 @@ python3 -m pip install --quiet --no-index --no-deps --no-compile --target "$work
 # Copies, so that the package under test is the wheel's and not the checkout's.
 cp -r "$root/tests" "$root/benchmarks" "$root/examples" "$root/tools" "$root/LICENSE" \
   "$root/pyproject.toml" "$work"
-if commit=$(git -C "$root" rev-parse --short=12 HEAD 2>/dev/null); then
-  export JAX_FLASHMLA_COMMIT=$commit
-fi
+# Set it where the files have travelled without their history.
+: "${JAX_FLASHMLA_COMMIT:=$(git -C "$root" rev-parse --short=12 HEAD 2>/dev/null)}"
+export JAX_FLASHMLA_COMMIT
 export PYTHONPATH="$work/site" PYTHONUNBUFFERED=1 XLA_PYTHON_CLIENT_PREALLOCATE=false
 cd "$work" || exit 1
 
