@@ -1,14 +1,18 @@
 """Paged multi-head latent attention (MLA) decode for JAX."""
 
+from jax_flashmla.cache import append_kv_cache
 from jax_flashmla.config import show_config
 from jax_flashmla.decode import flash_mla_with_kvcache
+from jax_flashmla.merge import merge_attention_states
 from jax_flashmla.metadata import MLAMetadata, get_mla_metadata
 from jax_flashmla.version import __version__
 
 __all__ = [
     "MLAMetadata",
     "__version__",
+    "append_kv_cache",
     "flash_mla_with_kvcache",
     "get_mla_metadata",
+    "merge_attention_states",
     "show_config",
 ]

@@ -1,0 +1,75 @@
+"""`append_kv_cache`: writes new rows into the paged latent cache."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_flashmla import arguments
+from jax_flashmla.arguments import HEAD_DIM, PAGE_BLOCK_SIZE
+
+
+def append_kv_cache(
+    k_cache: jax.Array,
+    new_kv: jax.Array,
+    block_table: jax.Array,
+    cache_seqlens: jax.Array,
+) -> jax.Array:
+    """Writes the newest rows of every sequence into its pages.
+
+    Row `i` of a sequence's `s_q` goes to position `cache_seqlens - s_q + i`: `cache_seqlens` counts
+    the new rows already, as the decode that follows needs it. Append first and decode from the
+    result: a program that decodes from the cache as it was has to keep a copy of it.
+
+    Skipped, without a word: positions before the start (a padding sequence has length 0) or past
+    the end of the table, and page ids outside the pool. No two sequences may name the same
+    position of a page for their new rows; if they do, either may be written.
+
+    `*G` stands for any number of leading group axes, the same on all operands.
+
+    Args:
+      k_cache: `[*G, num_blocks, 64, h_kv, 576]` bfloat16 or float16. Donate it to `jax.jit`, and
+        the rows are written in place.
+      new_kv: `[*G, b, s_q, h_kv, 576]`, dtype of `k_cache`.
+      block_table: `[*G, b, max_blocks]` int32, the page ids of each sequence, in order.
+      cache_seqlens: `[*G, b]` int32, the valid tokens of each sequence, the new ones included.
+
+    Returns:
+      The cache with the rows in it.
+
+    Raises:
+      TypeError, ValueError: an argument has the wrong dtype, rank or shape.
+    """
+    k_cache = arguments.array("k_cache", k_cache)
+    if k_cache.dtype not in arguments.QUERY_DTYPES:
+        raise TypeError(f"k_cache: expected dtype bfloat16 or float16, got {k_cache.dtype}")
+    groups = k_cache.shape[:-4] if k_cache.ndim >= 4 else ("*G",)
+    expected = (*groups, "num_blocks", PAGE_BLOCK_SIZE, "h_kv", HEAD_DIM)
+    arguments.shape("k_cache", k_cache, expected)
+    num_blocks, _, h_kv, _ = k_cache.shape[-4:]
+    new_kv = arguments.array("new_kv", new_kv)
+    if new_kv.dtype != k_cache.dtype:
+        raise TypeError(f"new_kv: expected k_cache's dtype {k_cache.dtype}, got {new_kv.dtype}")
+    given = "group axes and h_kv as k_cache's"
+    arguments.shape("new_kv", new_kv, (*groups, "b", "s_q", h_kv, HEAD_DIM), given)
+    batch, s_q = new_kv.shape[-4:-2]
+    block_table = arguments.int32_array("block_table", block_table)
+    arguments.shape("block_table", block_table, (*groups, batch, "max_blocks"), "b as new_kv's")
+    max_blocks = block_table.shape[-1]
+    if max_blocks == 0:
+        raise ValueError("block_table: expected at least one column, got max_blocks 0")
+    cache_seqlens = arguments.int32_array("cache_seqlens", cache_seqlens)
+    arguments.shape("cache_seqlens", cache_seqlens, (*groups, batch), "b as new_kv's")
+
+    position = cache_seqlens[..., None] + jnp.arange(-s_q, 0, dtype=jnp.int32)
+    inside = (position >= 0) & (position < max_blocks * PAGE_BLOCK_SIZE)
+    column = jnp.where(inside, position // PAGE_BLOCK_SIZE, 0)
+    page = jnp.take_along_axis(block_table, column, axis=-1)
+    inside &= (page >= 0) & (page < num_blocks)
+    # What is skipped goes to pages past the pool, a different one each: XLA may then assume that no
+    # two rows have the same target, and write them all at once.
+    row = jnp.arange(batch * s_q, dtype=jnp.int32).reshape(batch, s_q)
+    page = jnp.where(inside, page, num_blocks + row)
+    group = (lax.broadcasted_iota(jnp.int32, page.shape, axis) for axis in range(len(groups)))
+    return k_cache.at[(*group, page, position % PAGE_BLOCK_SIZE)].set(
+        new_kv, mode="drop", unique_indices=True
+    )
