@@ -1,5 +1,6 @@
 """Paged multi-head latent attention (MLA) decode for JAX."""
 
+from jax_flashmla import context_parallel
 from jax_flashmla.cache import append_kv_cache
 from jax_flashmla.config import show_config
 from jax_flashmla.decode import flash_mla_with_kvcache
@@ -11,6 +12,7 @@ __all__ = [
     "MLAMetadata",
     "__version__",
     "append_kv_cache",
+    "context_parallel",
     "flash_mla_with_kvcache",
     "get_mla_metadata",
     "merge_attention_states",

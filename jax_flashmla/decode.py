@@ -7,13 +7,17 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import core
 
-from jax_flashmla import arguments, decode_xla, native
+from jax_flashmla import arguments, decode_xla, native, partition
 from jax_flashmla.arguments import HEAD_DIM, LATENT_DIM, PAGE_BLOCK_SIZE, ROPE_DIM
 from jax_flashmla.metadata import get_mla_metadata
 from jax_flashmla.planner import METADATA_COLUMNS
-from jax_flashmla.primitive import define_primitive, lower_as_jax
+from jax_flashmla.primitive import (
+    define_primitive,
+    divided_over_mesh,
+    lower_as_jax,
+    result_aval,
+)
 
 
 def flash_mla_with_kvcache(
@@ -163,13 +167,21 @@ class DecodeConfig:
         return operands[:num_q], operands[num_q : num_q + 3], operands[num_q + 3 :]
 
 
-def _abstract(*operands, config):
-    (q, *_), _, _ = config.split_operands(operands)
+def _result_types(q):
+    """Shape and dtype of out and lse."""
     *leading, s_q, h_q, _ = q.shape
-    return [
-        core.ShapedArray((*leading, s_q, h_q, LATENT_DIM), q.dtype),
-        core.ShapedArray((*leading, h_q, s_q), jnp.float32),
-    ]
+    out = (*leading, s_q, h_q, LATENT_DIM), q.dtype
+    return out, ((*leading, h_q, s_q), jnp.dtype(jnp.float32))
+
+
+def _abstract(*operands, config):
+    specs = None, None
+    if partition.is_sharded(operands):
+        q, rest, _ = config.split_operands(operands)
+        divided = partition.decode_specs(q, *rest)
+        specs = divided.out, divided.lse
+    types = _result_types(operands[0])
+    return [result_aval(operands, *t, spec) for t, spec in zip(types, specs, strict=True)]
 
 
 def _decode(*operands, config):
@@ -179,6 +191,32 @@ def _decode(*operands, config):
     operands = [x.reshape(math.prod(groups), *x.shape[len(groups) :]) for x in operands]
     results = decode_local_p.bind(*operands, config=config)
     return [result.reshape(*groups, *result.shape[1:]) for result in results]
+
+
+def _decode_lowering(ctx, *operands, config):
+    """On a mesh with explicit axes, every device decodes its part.
+
+    It plans for that part itself, unless it has whole groups: the plan is then divided as they are.
+    """
+    if not partition.is_sharded(ctx.avals_in):
+        return _lower_decode(ctx, *operands, config=config)
+    q, rest, metadata = config.split_operands(ctx.avals_in)
+    specs = partition.decode_specs(q, *rest)
+
+    def decode_part(*operands, config):
+        if not specs.whole_groups:
+            operands = operands[: len(operands) - len(metadata)]
+            config = dataclasses.replace(config, planned=False)
+        return tuple(_decode(*operands, config=config))
+
+    in_specs = (
+        *(specs.q for _ in q),
+        *(specs.k_cache, specs.block_table, specs.cache_seqlens),
+        *(specs.metadata for _ in metadata),
+    )
+    mesh = q[0].sharding.mesh
+    lower = lower_as_jax(divided_over_mesh(decode_part, mesh, in_specs, (specs.out, specs.lse)))
+    return lower(ctx, *operands, config=config)
 
 
 def _batcher(operands, dims, *, config):
@@ -267,7 +305,7 @@ def _decode_local_cuda(*operands, config):
     call = jax.ffi.ffi_call(
         native.FFI_TARGETS["decode"],
         [
-            *_abstract(*operands, config=config),
+            *(jax.ShapeDtypeStruct(*result) for result in _result_types(q[0])),
             jax.ShapeDtypeStruct((groups, slots, h_kv, rows, LATENT_DIM), jnp.float32),
             jax.ShapeDtypeStruct((groups, slots, h_kv, rows), jnp.float32),
         ],
@@ -301,6 +339,7 @@ decode_local_p = define_primitive(
     lowering=_accelerator_lowering,
     platform_lowerings={"cpu": _xla_lowering(decode_xla.CPU_WALK), "cuda": _cuda_lowering},
 )
+_lower_decode = lower_as_jax(_decode)
 decode_p = define_primitive(
-    "mla_decode", abstract=_abstract, lowering=lower_as_jax(_decode), batcher=_batcher
+    "mla_decode", abstract=_abstract, lowering=_decode_lowering, batcher=_batcher
 )

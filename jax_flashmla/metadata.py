@@ -7,10 +7,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import core
+from jax.sharding import PartitionSpec as P
 
-from jax_flashmla import arguments, native, planner
-from jax_flashmla.primitive import define_primitive, lower_as_jax
+from jax_flashmla import arguments, native, partition, planner
+from jax_flashmla.primitive import define_primitive, lower_as_jax, result_aval
 
 # SMs of an H100 SXM or H200: what a plan is made for where JAX sees no GPU.
 DEFAULT_NUM_SMS = 132
@@ -80,9 +80,12 @@ class PlanConfig:
 
 def _abstract(cache_seqlens, *, config):
     *groups, batch = cache_seqlens.shape
+    # Sharded as the groups are; a plan for a sharded batch is whole.
+    spec = partition.spec_of(cache_seqlens)[:-1]
+    tile_shape = (*groups, config.num_sm_parts, planner.METADATA_COLUMNS)
     return [
-        core.ShapedArray((*groups, config.num_sm_parts, planner.METADATA_COLUMNS), jnp.int32),
-        core.ShapedArray((*groups, batch + 1), jnp.int32),
+        result_aval([cache_seqlens], tile_shape, jnp.dtype("int32"), P(*spec, None, None)),
+        result_aval([cache_seqlens], (*groups, batch + 1), jnp.dtype("int32"), P(*spec, None)),
     ]
 
 

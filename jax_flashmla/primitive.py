@@ -12,8 +12,10 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
+from jax import core
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import AxisType, PartitionSpec
 
 # A lowering rule: (LoweringRuleContext, *ir_values, config=...) -> sequence of ir values.
 LoweringRule = Callable[..., Sequence]
@@ -51,8 +53,66 @@ def define_primitive(
 
 
 def lower_as_jax(fun: Callable) -> LoweringRule:
-    """A lowering that traces `fun(*args, config=...)`, which returns a tuple."""
-    return mlir.lower_fun(fun, multiple_results=True)
+    """A lowering that traces `fun(*args, config=...)`, which returns a tuple.
+
+    `fun` sees shapes and dtypes only. What operands are in a mesh (varying over an axis of a
+    `shard_map`, sharded over an explicit one) was settled by the abstract evaluation; traced once
+    more, it would have to be repeated for every constant and loop inside.
+    """
+    lower = mlir.lower_fun(fun, multiple_results=True)
+
+    def lowering(ctx, *operands, **params):
+        ctx = ctx.replace(
+            avals_in=[_without_mesh(aval) for aval in ctx.avals_in],
+            avals_out=[_without_mesh(aval) for aval in ctx.avals_out],
+        )
+        return lower(ctx, *operands, **params)
+
+    return lowering
+
+
+def _without_mesh(aval):
+    return core.ShapedArray(aval.shape, aval.dtype)
+
+
+def result_aval(
+    operands: Sequence, shape: tuple[int, ...], dtype, spec: PartitionSpec | None = None
+) -> core.ShapedArray:
+    """The abstract value of a result that is computed from all of `operands`.
+
+    `spec` says how it is sharded over explicit mesh axes; by default it is not. Inside a `shard_map`
+    it varies over every mesh axis that one of the operands varies over.
+    """
+    kinds = [operand.manual_axis_type for operand in operands]
+    varying = frozenset().union(*(kind.varying for kind in kinds))
+    spec = PartitionSpec(*[None] * len(shape)) if spec is None else spec
+    return operands[0].update(
+        shape=shape,
+        dtype=dtype,
+        weak_type=False,
+        sharding=operands[0].sharding.update(spec=spec),
+        manual_axis_type=kinds[0].update(varying=varying),
+    )
+
+
+def divided_over_mesh(fun: Callable, mesh, in_specs, out_specs) -> Callable:
+    """`fun`, whose operands are sharded over explicit axes of `mesh`, on each device's part.
+
+    For `lower_as_jax`: only there do operands have no shardings in their types.
+    """
+    mesh = mesh.update_axis_types({name: AxisType.Auto for name in mesh.axis_names})
+
+    def run(*operands, **params):
+        with jax.sharding.use_abstract_mesh(mesh):
+            return jax.shard_map(
+                functools.partial(fun, **params),
+                mesh=mesh,
+                in_specs=in_specs,
+                out_specs=out_specs,
+                check_vma=False,
+            )(*operands)
+
+    return run
 
 
 @functools.partial(jax.jit, static_argnames=("primitive", "config"))

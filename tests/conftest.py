@@ -1,6 +1,11 @@
-"""The `--require-gpu` flag."""
+"""The `--require-gpu` flag, and 8 CPU devices for the tests of meshes."""
+
+import jax
 
 from tests import support
+
+# Before any test starts a backend; of no effect on GPUs.
+jax.config.update("jax_num_cpu_devices", 8)
 
 
 def pytest_addoption(parser):

@@ -1,0 +1,187 @@
+"""Context parallelism: one sequence's keys spread over the devices of a mesh axis.
+
+Every device keeps some pages of every sequence, in a pool and a page table of its own, decodes what
+it has, and the partial results are merged through their log-sum-exps. All functions here are for
+the body of a `jax.shard_map`: queries and lengths are the same on every device of the axis, pool
+and page table are local.
+
+Which device has which tokens is the *split*:
+
+* `"interleaved"`: page `j` of a sequence (64 tokens) is page `j // n` of device `j % n`. Sequences of
+  any length are spread evenly.
+* `"contiguous"`: device `d` has the tokens from `d * C` on, where `C` is what its table holds,
+  `max_blocks * 64`: a prefill that was itself split contiguously stays where it is.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_flashmla import arguments
+from jax_flashmla.arguments import HEAD_DIM, LATENT_DIM, PAGE_BLOCK_SIZE
+from jax_flashmla.cache import append_kv_cache
+from jax_flashmla.decode import flash_mla_with_kvcache
+from jax_flashmla.merge import merge_attention_states
+
+SPLITS = ("interleaved", "contiguous")
+
+
+def local_seqlens(
+    cache_seqlens: jax.Array, max_blocks: int, *, axis_name: str, split: str = "interleaved"
+) -> jax.Array:
+    """How many of the first `cache_seqlens` tokens of each sequence this device has.
+
+    Args:
+      cache_seqlens: int32 of any shape, tokens of whole sequences.
+      max_blocks: columns of this device's page table.
+      axis_name: mesh axis (or a tuple of axes) that the keys are spread over.
+      split: `"interleaved"` or `"contiguous"`.
+
+    Returns:
+      int32 in the shape of `cache_seqlens`: always the first so many of the device's own tokens.
+
+    Raises:
+      TypeError, ValueError: an argument has the wrong type or value.
+    """
+    lengths = jnp.maximum(arguments.int32_array("cache_seqlens", cache_seqlens), 0)
+    if split not in SPLITS:
+        raise ValueError(f"split: expected one of {SPLITS}, got {split!r}")
+    device, devices = lax.axis_index(axis_name), lax.axis_size(axis_name)
+    if split == "contiguous":
+        capacity = arguments.positive_int("max_blocks", max_blocks) * PAGE_BLOCK_SIZE
+        return jnp.clip(lengths - device * capacity, 0, capacity)
+    turn = devices * PAGE_BLOCK_SIZE  # tokens in one page of each device
+    last_page = lengths % turn - device * PAGE_BLOCK_SIZE
+    return lengths // turn * PAGE_BLOCK_SIZE + jnp.clip(last_page, 0, PAGE_BLOCK_SIZE)
+
+
+def append(
+    k_cache: jax.Array,
+    new_kv: jax.Array,
+    block_table: jax.Array,
+    cache_seqlens: jax.Array,
+    *,
+    axis_name: str,
+    split: str = "interleaved",
+) -> jax.Array:
+    """`append_kv_cache`, each row on the device that its position belongs to.
+
+    Args:
+      k_cache: `[*G, num_blocks, 64, h_kv, 576]`, this device's pool.
+      new_kv: `[*G, b, s_q, h_kv, 576]`, the same on all devices of the axis.
+      block_table: `[*G, b, max_blocks]` int32, this device's pages of each sequence, in order.
+      cache_seqlens: `[*G, b]` int32, tokens of whole sequences, the new ones included.
+      axis_name: mesh axis that the keys are spread over.
+      split: `"interleaved"` or `"contiguous"`.
+
+    Returns:
+      This device's pool with the rows in it.
+
+    Raises:
+      TypeError, ValueError: an argument has the wrong dtype, rank, shape or value.
+    """
+    new_kv = arguments.array("new_kv", new_kv)
+    s_q = new_kv.shape[-3] if new_kv.ndim >= 4 else 0
+    max_blocks = block_table.shape[-1]
+    for token in range(s_q):
+        end = cache_seqlens - (s_q - 1 - token)
+        have, had = (
+            local_seqlens(lengths, max_blocks, axis_name=axis_name, split=split)
+            for lengths in (end, end - 1)
+        )
+        # A length of 0 is a padding row, and skipped.
+        mine = jnp.where((have > had) & (end > 0), have, 0)
+        row = lax.slice_in_dim(new_kv, token, token + 1, axis=-3)
+        k_cache = append_kv_cache(k_cache, row, block_table, mine)
+    return k_cache
+
+
+def decode(
+    q: jax.Array | tuple[jax.Array, jax.Array],
+    k_cache: jax.Array,
+    block_table: jax.Array,
+    cache_seqlens: jax.Array,
+    *,
+    axis_name: str,
+    split: str = "interleaved",
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`flash_mla_with_kvcache` over keys that are spread over a mesh axis.
+
+    One sum over the axis, of the size of the output in float32, and two of the size of `lse`. A
+    device that has no key of a sequence contributes nothing to it.
+
+    Args:
+      q: `[*G, b, s_q, h_q, 576]`, or the pair; the same on all devices of the axis.
+      k_cache: `[*G, num_blocks, 64, h_kv, 576]`, this device's pool.
+      block_table: `[*G, b, max_blocks]` int32, this device's pages of each sequence, in order.
+      cache_seqlens: `[*G, b]` int32, tokens of whole sequences, the new ones included.
+      axis_name: mesh axis that the keys are spread over.
+      split: `"interleaved"` or `"contiguous"`.
+      softmax_scale: default `576 ** -0.5`.
+      causal: query `i` of `s_q` sees the keys up to `cache_seqlens - s_q + i`.
+      implementation: as in `flash_mla_with_kvcache`.
+
+    Returns:
+      out and lse as `flash_mla_with_kvcache` returns them, the same on all devices of the axis.
+
+    Raises:
+      TypeError, ValueError, RuntimeError: as `flash_mla_with_kvcache`.
+    """
+    options = {"softmax_scale": softmax_scale, "implementation": implementation}
+    s_q = (q[0] if isinstance(q, (tuple, list)) else q).shape[-3]
+    cache_seqlens = arguments.int32_array("cache_seqlens", cache_seqlens)
+    hidden = s_q - 1 if arguments.static_bool("causal", causal) else 0
+    # Every token of a sequence sees its first keys; which of the last `hidden` each sees depends on
+    # where they lie, which no causal mask of one device can say.
+    tokens = cache_seqlens[..., None] - jnp.arange(hidden, -1, -1, dtype=jnp.int32)
+    visible = local_seqlens(tokens, block_table.shape[-1], axis_name=axis_name, split=split)
+    out, lse = flash_mla_with_kvcache(q, k_cache, block_table, visible[..., 0], **options)
+    if hidden:
+        last = _attend_to_last(q, k_cache, block_table, visible, softmax_scale)
+        out, lse = merge_attention_states([out, last[0]], [lse, last[1]])
+
+    top = lax.pmax(lse, axis_name)
+    weights = jnp.exp(lse - jnp.where(jnp.isneginf(top), 0, top))
+    scaled = jnp.swapaxes(weights, -1, -2)[..., None] * out.astype(jnp.float32)
+    scaled, total = lax.psum((scaled, weights), axis_name)
+    shares = jnp.swapaxes(jnp.where(total == 0, 1, total), -1, -2)[..., None]
+    lse = jnp.where(jnp.isneginf(top), -jnp.inf, jnp.log(total) + top)
+    return (scaled / shares).astype(out.dtype), lse
+
+
+def _attend_to_last(q, k_cache, block_table, visible, softmax_scale):
+    """Attends to the few keys that some tokens of a sequence see and others do not.
+
+    `visible [*G, b, s_q]`: query `i` sees the device's keys from `visible[..., 0]` up to, not
+    including, `visible[..., i]`.
+    """
+    *groups, num_blocks, _, h_kv, _ = k_cache.shape
+    first, s_q = visible[..., :1], visible.shape[-1]
+    position = first + jnp.arange(s_q - 1, dtype=jnp.int32)
+    inside = position < visible[..., -1:]
+    column = jnp.where(inside, position // PAGE_BLOCK_SIZE, 0)
+    page = jnp.take_along_axis(block_table, column, axis=-1)
+    # A page id outside the pool reads as zeros, and so does what must not be read.
+    readable = inside & (page >= 0) & (page < num_blocks)
+    group = (lax.broadcasted_iota(jnp.int32, page.shape, axis) for axis in range(len(groups)))
+    index = (*group, jnp.where(readable, page, 0), position % PAGE_BLOCK_SIZE)
+    keys = jnp.where(readable[..., None, None], k_cache[index], 0).astype(jnp.float32)
+
+    rows = jnp.concatenate(q, -1) if isinstance(q, (tuple, list)) else q
+    *leading, _, h_q, _ = rows.shape
+    rows = rows.astype(jnp.float32).reshape(*leading, s_q, h_kv, h_q // h_kv, HEAD_DIM)
+    scale = HEAD_DIM**-0.5 if softmax_scale is None else softmax_scale
+    precision = lax.Precision.HIGHEST  # few rows, and not less exact than the others
+    scores = scale * jnp.einsum("...sghd,...tgd->...ghst", rows, keys, precision=precision)
+    seen = position[..., None, :] < visible[..., None]
+    scores = jnp.where(seen[..., None, None, :, :], scores, -jnp.inf)
+    lse = jax.nn.logsumexp(scores, axis=-1)
+    weights = jnp.exp(scores - jnp.where(jnp.isneginf(lse), 0, lse)[..., None])
+    values = keys[..., :LATENT_DIM]
+    out = jnp.einsum("...ghst,...tgv->...sghv", weights, values, precision=precision)
+    dtype = (q[0] if isinstance(q, (tuple, list)) else q).dtype
+    out = out.reshape(*leading, s_q, h_q, LATENT_DIM).astype(dtype)
+    return out, lse.reshape(*leading, h_q, s_q)

@@ -1,0 +1,93 @@
+"""How decode is divided over a mesh: by groups, batch and heads, with nothing to exchange.
+
+Everything else (query tokens, columns, pages) is whole on every device. Used where shardings are
+part of types, on meshes with explicit axes.
+"""
+
+from typing import NamedTuple
+
+from jax.sharding import PartitionSpec
+
+
+class DecodeSpecs(NamedTuple):
+    """Specs of the operands (`q` and `metadata` of each part) and of the results."""
+
+    q: PartitionSpec
+    k_cache: PartitionSpec
+    block_table: PartitionSpec
+    cache_seqlens: PartitionSpec
+    metadata: PartitionSpec
+    out: PartitionSpec
+    lse: PartitionSpec
+    whole_groups: bool  # neither batch nor heads are divided
+
+
+def decode_specs(q, k_cache, block_table, cache_seqlens) -> DecodeSpecs:
+    """How to divide a decode whose operands are sharded.
+
+    Args:
+      q: the abstract values of q's parts, one or two.
+      k_cache: and
+      block_table: and
+      cache_seqlens: those of the other operands.
+
+    Raises:
+      ValueError: an operand is sharded in a way that would need data of other devices.
+    """
+    name = "q" if len(q) == 1 else "q_nope"
+    *groups, batch, s_q, heads, width = spec_of(q[0])
+    if s_q is not None or width is not None:
+        _refuse(name, q[0], "only group axes, b and h_q to be sharded")
+    if spec_of(q[-1]) != spec_of(q[0]):
+        _refuse("q_rope", q[-1], f"the sharding of q_nope, {q[0].sharding.spec}")
+
+    *pool_groups, pages, tokens, kv_heads, width = spec_of(k_cache)
+    if pages is not None:
+        _refuse(
+            "k_cache",
+            k_cache,
+            "pages not to be sharded, since page ids name pages of the whole pool (shard group "
+            "axes, each group with a pool and ids of its own, or see context_parallel)",
+        )
+    if tokens is not None or width is not None:
+        _refuse("k_cache", k_cache, "only group axes and h_kv to be sharded")
+    if pool_groups != groups:
+        _refuse("k_cache", k_cache, f"group axes sharded as {name}'s, {q[0].sharding.spec}")
+    if kv_heads != (heads if k_cache.shape[-2] > 1 else None):
+        _refuse("k_cache", k_cache, f"h_kv sharded as {name}'s h_q, {q[0].sharding.spec}")
+
+    for operand_name, operand in (("block_table", block_table), ("cache_seqlens", cache_seqlens)):
+        spec = spec_of(operand)
+        batch_axis = len(groups)
+        if spec[:batch_axis] != tuple(groups):
+            _refuse(operand_name, operand, f"group axes sharded as {name}'s, {q[0].sharding.spec}")
+        if spec[batch_axis] not in (batch, None):
+            _refuse(operand_name, operand, f"b sharded as {name}'s, {q[0].sharding.spec}, or whole")
+        if any(entry is not None for entry in spec[batch_axis + 1 :]):
+            _refuse(operand_name, operand, "max_blocks not to be sharded")
+
+    return DecodeSpecs(
+        q=PartitionSpec(*groups, batch, None, heads, None),
+        k_cache=PartitionSpec(*groups, None, None, kv_heads, None),
+        block_table=PartitionSpec(*groups, batch, None),
+        cache_seqlens=PartitionSpec(*groups, batch),
+        metadata=PartitionSpec(*groups),
+        out=PartitionSpec(*groups, batch, None, heads, None),
+        lse=PartitionSpec(*groups, batch, heads, None),
+        whole_groups=batch is None and heads is None,
+    )
+
+
+def spec_of(aval) -> tuple:
+    """The axes of the mesh that each axis is sharded over, `None` for none."""
+    spec = tuple(aval.sharding.spec)
+    return spec + (None,) * (len(aval.shape) - len(spec))
+
+
+def is_sharded(avals) -> bool:
+    """Whether any of `avals` is sharded over an explicit axis of a mesh."""
+    return any(entry is not None for aval in avals for entry in spec_of(aval))
+
+
+def _refuse(name, aval, expected):
+    raise ValueError(f"{name}: expected {expected}, got sharding {aval.sharding.spec}")

@@ -1,0 +1,342 @@
+"""Decode and append on meshes of 8 CPU devices: results and collectives."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from jax_flashmla import (
+    append_kv_cache,
+    context_parallel,
+    flash_mla_with_kvcache,
+    get_mla_metadata,
+)
+from tests import oracle, problems, support
+
+PAGE = 64
+COLLECTIVES = re.compile(
+    r"= .*? (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+)
+
+
+def make_mesh(shape, names, axis_type=AxisType.Auto):
+    return jax.make_mesh(
+        shape, names, axis_types=(axis_type,) * len(shape), devices=jax.devices("cpu")
+    )
+
+
+def collectives(compiled):
+    return sorted(COLLECTIVES.findall(compiled.as_text()))
+
+
+class MeshTest(parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        if len(jax.devices("cpu")) < 8:
+            self.skipTest("needs 8 CPU devices: run it with pytest")
+        self.rng = np.random.default_rng()
+
+    def assert_close(self, got, want):
+        np.testing.assert_allclose(np.asarray(got[0], np.float32), want[0], atol=2e-2)
+        np.testing.assert_allclose(got[1], want[1], atol=1e-4, rtol=1e-5)
+
+
+class ShardMapTest(MeshTest):
+    """A plain call in the body of a shard_map: every device works on its part, alone."""
+
+    @parameterized.product(
+        spec=((("data",), "model"), (("data", "model"), None), ((), ("data", "model"))),
+        check_vma=(True, False),
+    )
+    def test_batch_and_heads(self, spec, check_vma):
+        mesh = make_mesh((2, 4), ("data", "model"))
+        problem = problems.make_problem(self.rng, self.rng.integers(0, 400, 8), s_q=2)
+        batch, heads = spec
+
+        def body(*operands):
+            metadata = get_mla_metadata(operands[-1], 2 * operands[0].shape[2], 1)
+            return flash_mla_with_kvcache(*operands, 512, *metadata, causal=True)
+
+        run = jax.jit(
+            jax.shard_map(
+                body,
+                mesh=mesh,
+                in_specs=(P(batch, None, heads), P(), P(batch), P(batch)),
+                out_specs=(P(batch, None, heads), P(batch, heads)),
+                check_vma=check_vma,
+            )
+        )
+        self.assertEqual(collectives(run.lower(*problem.arrays).compile()), [])
+        self.assert_close(run(*problem.arrays), oracle.decode(*problem.arrays, causal=True))
+
+    def test_data_parallel_pools(self):
+        # Group axes sharded over the devices: each has a pool of its own, with local page ids.
+        mesh = make_mesh((8,), ("data",))
+        parts = [
+            problems.make_problem(self.rng, self.rng.permutation([3, 0, 300, 64])) for _ in range(8)
+        ]
+        grouped = problems.stack(parts)
+        new_kv = self.rng.standard_normal((8, 4, 1, 1, 576)).astype(jnp.bfloat16)
+
+        def body(q, k_cache, table, lengths, new_kv):
+            k_cache = append_kv_cache(k_cache, new_kv, table, lengths)
+            return k_cache, *flash_mla_with_kvcache(q, k_cache, table, lengths)
+
+        specs = P("data")
+        run = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=(specs,) * 5, out_specs=(specs,) * 3))
+        self.assertEqual(collectives(run.lower(*grouped.arrays, new_kv).compile()), [])
+        k_cache, *got = run(*grouped.arrays, new_kv)
+        for i, part in enumerate(parts):
+            want = oracle.decode(part.q, k_cache[i], part.block_table, part.cache_seqlens)
+            self.assert_close([x[i] for x in got], want)
+
+    def test_inside_scan_with_a_mesh_that_is_partly_manual(self):
+        mesh = make_mesh((2, 4), ("data", "model"))
+        problem = problems.make_problem(self.rng, [100, 0, 65, 300])
+
+        def body(*operands):
+            def layer(carry, _):
+                return carry, flash_mla_with_kvcache(*operands)
+
+            return lax.scan(layer, 0, length=2)[1]
+
+        run = jax.jit(
+            jax.shard_map(
+                body,
+                mesh=mesh,
+                in_specs=(P("data"), P(), P("data"), P("data")),
+                out_specs=(P(None, "data"), P(None, "data")),
+                axis_names={"data"},
+            )
+        )
+        got = run(*problem.arrays)
+        self.assert_close([x[1] for x in got], oracle.decode(*problem.arrays))
+
+
+class ExplicitTest(MeshTest):
+    """Meshes with explicit axes, which `jax.make_mesh` makes: shardings are part of types."""
+
+    def setUp(self):
+        super().setUp()
+        self.mesh = make_mesh((2, 4), ("data", "model"), AxisType.Explicit)
+
+    def put(self, arrays, specs):
+        pairs = zip(arrays, specs, strict=True)
+        return [jax.device_put(x, jax.NamedSharding(self.mesh, P(*spec))) for x, spec in pairs]
+
+    @staticmethod
+    @functools.partial(jax.jit, static_argnames=("planned", "pair"))
+    def plan_and_decode(q, *rest, planned, pair):
+        metadata = get_mla_metadata(
+            rest[-1], q.shape[-3] * 16 // rest[0].shape[-2], rest[0].shape[-2]
+        )
+        q = (q[..., :512], q[..., 512:]) if pair else q
+        return flash_mla_with_kvcache(q, *rest, 512, *(metadata if planned else ()), causal=True)
+
+    @parameterized.product(
+        spec=(
+            ("data", "model"),
+            (("data", "model"), None),
+            (None, ("data", "model")),
+            (None, None),
+        ),
+        planned=(False, True),
+        pair=(False, True),
+    )
+    def test_batch_and_heads(self, spec, planned, pair):
+        batch, heads = spec
+        problem = problems.make_problem(self.rng, self.rng.integers(0, 400, 8), s_q=2)
+        specs = (batch, None, heads), (), (batch,), (batch,)
+        operands = self.put(problem.arrays, specs)
+        with jax.set_mesh(self.mesh):
+            compiled = self.plan_and_decode.lower(*operands, planned=planned, pair=pair).compile()
+            got = self.plan_and_decode(*operands, planned=planned, pair=pair)
+        self.assertEqual(collectives(compiled), [])
+        self.assertEqual(jax.typeof(got[0]).sharding.spec, P(batch, None, heads, None))
+        self.assertEqual(jax.typeof(got[1]).sharding.spec, P(batch, heads, None))
+        self.assert_close(got, oracle.decode(*problem.arrays, causal=True))
+
+    def test_table_and_lengths_may_be_whole(self):
+        problem = problems.make_problem(self.rng, [3, 0, 200, 64])
+        operands = self.put(problem.arrays, (("data",), (), (), ()))
+        with jax.set_mesh(self.mesh):
+            compiled = self.plan_and_decode.lower(*operands, planned=True, pair=False).compile()
+            got = self.plan_and_decode(*operands, planned=True, pair=False)
+        self.assertEqual(collectives(compiled), [])
+        self.assert_close(got, oracle.decode(*problem.arrays))
+
+    def test_kv_heads_with_their_query_heads(self):
+        problem = problems.make_problem(self.rng, [3, 0, 200, 64], h_kv=4)
+        specs = ("data", None, "model"), (None, None, "model"), ("data",), ("data",)
+        operands = self.put(problem.arrays, specs)
+        with jax.set_mesh(self.mesh):
+            compiled = self.plan_and_decode.lower(*operands, planned=False, pair=False).compile()
+            got = self.plan_and_decode(*operands, planned=False, pair=False)
+        self.assertEqual(collectives(compiled), [])
+        self.assert_close(got, oracle.decode(*problem.arrays))
+
+    @parameterized.parameters(False, True)
+    def test_groups(self, planned):
+        parts = [
+            problems.make_problem(self.rng, self.rng.permutation([3, 0, 300, 64])) for _ in range(4)
+        ]
+        operands = self.put(problems.stack(parts).arrays, [("model",)] * 4)
+        with jax.set_mesh(self.mesh):
+            compiled = self.plan_and_decode.lower(*operands, planned=planned, pair=False).compile()
+            got = self.plan_and_decode(*operands, planned=planned, pair=False)
+        self.assertEqual(collectives(compiled), [])
+        for i, part in enumerate(parts):
+            self.assert_close([np.asarray(x)[i] for x in got], oracle.decode(*part.arrays))
+
+    def test_inside_scan(self):
+        problem = problems.make_problem(self.rng, [3, 0, 200, 64])
+        operands = self.put(problem.arrays, (("data", None, "model"), (), ("data",), ("data",)))
+
+        @jax.jit
+        def layers(q, *rest):
+            def layer(q, _):
+                out, lse = flash_mla_with_kvcache(q, *rest)
+                return q.at[..., :512].set(out), lse
+
+            return lax.scan(layer, q, length=2)
+
+        with jax.set_mesh(self.mesh):
+            compiled = layers.lower(*operands).compile()
+            got = layers(*operands)[1]
+        self.assertEqual(collectives(compiled), [])
+        want = layers(*map(jnp.asarray, problem.arrays))[1]
+        np.testing.assert_allclose(got, want, atol=1e-2)
+
+    @parameterized.named_parameters(
+        ("pages", 1, ("data",), "k_cache: expected pages not to be sharded.*context_parallel"),
+        ("tokens", 1, (None, "data"), "k_cache: expected only group axes and h_kv"),
+        ("columns", 0, (None, None, None, "model"), "q: expected only group axes, b and h_q"),
+        ("table", 2, (None, "model"), "block_table: expected max_blocks not to be"),
+        ("batches", 3, ("model",), "cache_seqlens: expected b sharded as q's"),
+    )
+    def test_shardings_that_would_need_other_devices(self, index, spec, message):
+        problem = problems.make_problem(self.rng, [3, 0, 200, 64], max_blocks=4)
+        k_cache = np.resize(problem.k_cache, (16, *problem.k_cache.shape[1:]))
+        specs = [("data",), (), ("data",), ("data",)]
+        specs[index] = spec
+        arrays = problem.q, k_cache, *problem.arrays[2:]
+        operands = self.put(arrays, specs)
+        with jax.set_mesh(self.mesh), self.assertRaisesRegex(ValueError, message):
+            jax.jit(flash_mla_with_kvcache)(*operands)
+
+    def test_heads_of_several_kv_heads(self):
+        problem = problems.make_problem(self.rng, [3, 0, 200, 64], h_kv=2)
+        operands = self.put(problem.arrays, ((None, None, "data"), (), (), ()))
+        with (
+            jax.set_mesh(self.mesh),
+            self.assertRaisesRegex(ValueError, "k_cache: expected h_kv sharded as q's h_q"),
+        ):
+            jax.jit(flash_mla_with_kvcache)(*operands)
+
+
+class ContextParallelTest(MeshTest):
+    """One sequence's keys on several devices."""
+
+    def spread(self, problem, devices, split, max_blocks):
+        """Pools and tables of all devices: pages in random order, everything else NaN."""
+        batch = len(problem.cache_seqlens)
+        pages = batch * max_blocks + 2
+        pools = np.full((devices, pages, *problem.k_cache.shape[1:]), np.nan, problem.q.dtype)
+        tables = np.full((devices, batch, max_blocks), problems.UNUSED_TABLE_ENTRY, np.int32)
+        for device in range(devices):
+            free = iter(self.rng.permutation(pages))
+            for i, length in enumerate(problem.cache_seqlens):
+                for j in range(-(-int(length) // PAGE)):
+                    if split == "interleaved":
+                        owner, local = j % devices, j // devices
+                    else:
+                        owner, local = divmod(j, max_blocks)
+                    if owner == device:
+                        tables[device, i, local] = next(free)
+                        source = problem.k_cache[problem.block_table[i, j]]
+                        pools[device, tables[device, i, local]] = source
+        return pools, tables
+
+    @parameterized.product(
+        split=context_parallel.SPLITS, s_q=(1, 3), causal=(False, True), h_kv=(1, 2)
+    )
+    def test_decode(self, split, s_q, causal, h_kv):
+        mesh = make_mesh((4, 2), ("context", "model"))
+        lengths = [0, 1, 2, 63, 64, 65, 66, 129, 257, 258, 1000]
+        problem = problems.make_problem(self.rng, lengths, s_q=s_q, h_q=4 * h_kv, h_kv=h_kv)
+        max_blocks = 5  # 4 devices x 5 pages x 64 tokens: room for the longest
+        pools, tables = self.spread(problem, 4, split, max_blocks)
+
+        def body(q, pools, tables, lengths):
+            return context_parallel.decode(
+                q, pools[0], tables[0], lengths, axis_name="context", split=split, causal=causal
+            )
+
+        run = jax.jit(
+            jax.shard_map(
+                body,
+                mesh=mesh,
+                in_specs=(P(), P("context"), P("context"), P()),
+                out_specs=(P(), P()),
+            )
+        )
+        operands = problem.q, pools, tables, problem.cache_seqlens
+        self.assertEqual(set(collectives(run.lower(*operands).compile())), {"all-reduce"})
+        want = oracle.decode(*problem.arrays, causal=causal)
+        plain = support.decode_in_low_precision(problem.arrays, 576**-0.5, causal)
+        got = run(*operands)
+        np.testing.assert_allclose(got[1], want[1], atol=1e-4, rtol=1e-5)
+        error, scale = (np.abs(np.asarray(x[0], np.float64) - want[0]).max() for x in (got, plain))
+        # Partial results are rounded to 16 bits before they are merged.
+        self.assertLessEqual(error, 3 * scale + 2**-7 * np.abs(want[0]).max())
+
+    @parameterized.product(split=context_parallel.SPLITS, s_q=(1, 3))
+    def test_append_then_decode(self, split, s_q):
+        mesh = make_mesh((8,), ("context",))
+        lengths = [0, s_q, 64, 66, 129, 700]
+        problem = problems.make_problem(self.rng, lengths, s_q=s_q)
+        pools, tables = self.spread(problem, 8, split, max_blocks=2)
+        new_kv = np.zeros((len(lengths), s_q, 1, 576), pools.dtype)
+        for i, length in enumerate(lengths):
+            for token, position in enumerate(range(length - s_q, length)):
+                if position >= 0:
+                    page, row = problem.block_table[i, position // PAGE], position % PAGE
+                    new_kv[i, token] = problem.k_cache[page, row]
+        stale = pools.copy()  # without the newest rows
+        stale[(stale[..., None, :] == new_kv.reshape(-1, 576)).all(-1).any(-1)] = np.nan
+
+        @functools.partial(
+            jax.shard_map,
+            mesh=mesh,
+            in_specs=(P(), P("context"), P("context"), P(), P()),
+            out_specs=(P("context"), P(), P()),
+        )
+        def run(q, pools, tables, lengths, new_kv):
+            where = {"axis_name": "context", "split": split}
+            pool = context_parallel.append(pools[0], new_kv, tables[0], lengths, **where)
+            out, lse = context_parallel.decode(q, pool, tables[0], lengths, causal=True, **where)
+            return pool[None], out, lse
+
+        pool, *got = jax.jit(run)(problem.q, stale, tables, problem.cache_seqlens, new_kv)
+        np.testing.assert_array_equal(np.asarray(pool).view(np.uint16), pools.view(np.uint16))
+        self.assert_close(got, oracle.decode(*problem.arrays, causal=True))
+
+    def test_bad_split(self):
+        with self.assertRaisesRegex(ValueError, "split: expected one of .*got 'even'"):
+            jax.eval_shape(
+                jax.vmap(
+                    lambda n: context_parallel.local_seqlens(n, 4, axis_name="x", split="even"),
+                    axis_name="x",
+                ),
+                jnp.zeros(4, jnp.int32),
+            )
+
+
+if __name__ == "__main__":
+    absltest.main()
