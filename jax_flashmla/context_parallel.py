@@ -7,8 +7,8 @@ and page table are local.
 
 Which device has which tokens is the *split*:
 
-* `"interleaved"`: page `j` of a sequence (64 tokens) is page `j // n` of device `j % n`. Sequences of
-  any length are spread evenly.
+* `"interleaved"`: page `j` of a sequence (64 tokens) is page `j // n` of device `j % n`. Sequences
+  of any length are spread evenly.
 * `"contiguous"`: device `d` has the tokens from `d * C` on, where `C` is what its table holds,
   `max_blocks * 64`: a prefill that was itself split contiguously stays where it is.
 """

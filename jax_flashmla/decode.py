@@ -16,6 +16,9 @@ from jax_flashmla.primitive import (
     define_primitive,
     divided_over_mesh,
     lower_as_jax,
+    may_be_partitioned,
+    needs_devices,
+    partitioned,
     result_aval,
 )
 
@@ -104,9 +107,7 @@ def flash_mla_with_kvcache(
         planned=bool(metadata),
         implementation=implementation,
     )
-    out, lse = decode_p.bind(
-        *q_parts, k_cache, block_table, cache_seqlens, *metadata, config=config
-    )
+    out, lse = _bind(*q_parts, k_cache, block_table, cache_seqlens, *metadata, config=config)
     return out, lse
 
 
@@ -174,7 +175,12 @@ def _result_types(q):
     return out, ((*leading, h_q, s_q), jnp.dtype(jnp.float32))
 
 
-def _abstract(*operands, config):
+def _bind(*operands, config):
+    return decode_p.bind(*operands, config=config, devices=needs_devices())
+
+
+def _abstract(*operands, config, devices=None):
+    del devices
     specs = None, None
     if partition.is_sharded(operands):
         q, rest, _ = config.split_operands(operands)
@@ -190,41 +196,59 @@ def _decode(*operands, config):
     groups = block_table.shape[:-2]
     operands = [x.reshape(math.prod(groups), *x.shape[len(groups) :]) for x in operands]
     results = decode_local_p.bind(*operands, config=config)
-    return [result.reshape(*groups, *result.shape[1:]) for result in results]
+    return tuple(result.reshape(*groups, *result.shape[1:]) for result in results)
 
 
-def _decode_lowering(ctx, *operands, config):
-    """On a mesh with explicit axes, every device decodes its part.
+def _decode_lowering(ctx, *operands, config, devices):
+    """Chooses how several devices share the work, if there are several."""
+    del devices
+    if partition.is_sharded(ctx.avals_in):  # over explicit axes of a mesh
+        q, rest, _ = config.split_operands(ctx.avals_in)
+        part, in_specs, out_specs = _divide(partition.decode_specs(q, *rest), config)
+        fun = divided_over_mesh(part, q[0].sharding.mesh, in_specs, out_specs)
+    elif may_be_partitioned(ctx):
+        q, (k_cache, *_), _ = config.split_operands(ctx.avals_in)
+        divide_heads = k_cache.shape[-2] == 1
+        num_groups = k_cache.ndim - 4
+        rule = partition.sharding_rule(num_groups, len(q), config.planned, divide_heads)
 
-    It plans for that part itself, unless it has whole groups: the plan is then divided as they are.
+        def divide(specs):
+            *groups, batch, _, heads, _ = specs[0] + (None,) * (num_groups + 4 - len(specs[0]))
+            divided = partition.divide(groups, batch, heads if divide_heads else None)
+            return _divide(divided, config)
+
+        fun = partitioned(functools.partial(_decode, config=config), *rule, divide)
+    else:
+        fun = functools.partial(_decode, config=config)
+    return lower_as_jax(fun)(ctx, *operands)
+
+
+def _divide(specs, config):
+    """The function of a device's part, and the specs of its operands and results.
+
+    A device plans for its part itself, unless it has whole groups: the plan is then divided as they
+    are.
     """
-    if not partition.is_sharded(ctx.avals_in):
-        return _lower_decode(ctx, *operands, config=config)
-    q, rest, metadata = config.split_operands(ctx.avals_in)
-    specs = partition.decode_specs(q, *rest)
 
-    def decode_part(*operands, config):
-        if not specs.whole_groups:
-            operands = operands[: len(operands) - len(metadata)]
-            config = dataclasses.replace(config, planned=False)
-        return tuple(_decode(*operands, config=config))
+    def part(*operands):
+        if specs.whole_groups:
+            return _decode(*operands, config=config)
+        q, rest, _ = config.split_operands(operands)
+        return _decode(*q, *rest, config=dataclasses.replace(config, planned=False))
 
-    in_specs = (
-        *(specs.q for _ in q),
-        *(specs.k_cache, specs.block_table, specs.cache_seqlens),
-        *(specs.metadata for _ in metadata),
-    )
-    mesh = q[0].sharding.mesh
-    lower = lower_as_jax(divided_over_mesh(decode_part, mesh, in_specs, (specs.out, specs.lse)))
-    return lower(ctx, *operands, config=config)
+    num_q, num_metadata = 2 if config.split_q else 1, 2 if config.planned else 0
+    rest = specs.k_cache, specs.block_table, specs.cache_seqlens
+    in_specs = (*[specs.q] * num_q, *rest, *[specs.metadata] * num_metadata)
+    return part, in_specs, (specs.out, specs.lse)
 
 
-def _batcher(operands, dims, *, config):
+def _batcher(operands, dims, *, config, devices):
     """Never touches the pool's pages.
 
     Pool mapped: the mapped axis becomes one more group axis. Pool not mapped: it is folded into the
     batch, and the metadata, which was planned for the batch of one example, is dropped.
     """
+    del devices
     q, (k_cache, block_table, cache_seqlens), metadata = config.split_operands(operands)
     q_dims, (k_dim, table_dim, lengths_dim), metadata_dims = config.split_operands(dims)
     size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
@@ -240,7 +264,7 @@ def _batcher(operands, dims, *, config):
         # Metadata shared by all examples is a plan for lengths shared by all.
         keep = all(dim is not None for dim in metadata_dims) or lengths_dim is None
         kept = zip(metadata, metadata_dims, strict=True) if keep else ()
-        outs = decode_p.bind(
+        outs = _bind(
             *(to_axis(x, dim, 0) for x, dim in zip(q, q_dims, strict=True)),
             jnp.moveaxis(k_cache, k_dim, 0),
             to_axis(block_table, table_dim, 0),
@@ -256,7 +280,7 @@ def _batcher(operands, dims, *, config):
         x = to_axis(x, dim, axis)
         return x.reshape(*x.shape[:axis], size * x.shape[axis + 1], *x.shape[axis + 2 :])
 
-    outs = decode_p.bind(
+    outs = _bind(
         *(fold(x, dim) for x, dim in zip(q, q_dims, strict=True)),
         k_cache,
         fold(block_table, table_dim),
@@ -339,7 +363,6 @@ decode_local_p = define_primitive(
     lowering=_accelerator_lowering,
     platform_lowerings={"cpu": _xla_lowering(decode_xla.CPU_WALK), "cuda": _cuda_lowering},
 )
-_lower_decode = lower_as_jax(_decode)
 decode_p = define_primitive(
     "mla_decode", abstract=_abstract, lowering=_decode_lowering, batcher=_batcher
 )

@@ -1,9 +1,11 @@
 """How decode is divided over a mesh: by groups, batch and heads, with nothing to exchange.
 
-Everything else (query tokens, columns, pages) is whole on every device. Used where shardings are
-part of types, on meshes with explicit axes.
+Everything else (query tokens, columns, pages) is whole on every device. On meshes with explicit
+axes shardings are part of types, and what does not fit is refused while tracing. On others XLA
+propagates them by `sharding_rule`, and gathers what does not fit.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from jax.sharding import PartitionSpec
@@ -20,6 +22,21 @@ class DecodeSpecs(NamedTuple):
     out: PartitionSpec
     lse: PartitionSpec
     whole_groups: bool  # neither batch nor heads are divided
+
+
+def sharding_rule(num_groups: int, num_q: int, planned: bool, divide_heads: bool):
+    """Shardy's rule for decode: the axes of operands and results, and those that stay whole."""
+    groups = " ".join(f"g{i}" for i in range(num_groups))
+    q = ["b s h d", "b s h r"][:num_q]
+    operands = [*q, "p t u e", "b n", "b", *(["m c", "k"] if planned else [])]
+    results = ["b s h v", "b h s"]
+    left, right = (", ".join(f"{groups} {axes}" for axes in lists) for lists in (operands, results))
+    rule = f"{left} -> {right}"
+    divided = {"b", "h"} if divide_heads else {"b"}
+    # Shardy wants them in the order of their appearance.
+    letters = dict.fromkeys(rule.replace(",", " ").replace("->", " ").split())
+    whole = (x for x in letters if x not in divided and not x.startswith("g"))
+    return rule, tuple(whole)
 
 
 def decode_specs(q, k_cache, block_table, cache_seqlens) -> DecodeSpecs:
@@ -66,6 +83,11 @@ def decode_specs(q, k_cache, block_table, cache_seqlens) -> DecodeSpecs:
         if any(entry is not None for entry in spec[batch_axis + 1 :]):
             _refuse(operand_name, operand, "max_blocks not to be sharded")
 
+    return divide(groups, batch, heads, kv_heads)
+
+
+def divide(groups: Sequence, batch, heads, kv_heads=None) -> DecodeSpecs:
+    """The specs for these mesh axes of the group axes, the batch, and the heads."""
     return DecodeSpecs(
         q=PartitionSpec(*groups, batch, None, heads, None),
         k_cache=PartitionSpec(*groups, None, None, kv_heads, None),

@@ -12,10 +12,12 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import numpy as np
 from jax import core
-from jax.extend.core import Primitive
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend.core import ClosedJaxpr, Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 # A lowering rule: (LoweringRuleContext, *ir_values, config=...) -> sequence of ir values.
 LoweringRule = Callable[..., Sequence]
@@ -80,8 +82,8 @@ def result_aval(
 ) -> core.ShapedArray:
     """The abstract value of a result that is computed from all of `operands`.
 
-    `spec` says how it is sharded over explicit mesh axes; by default it is not. Inside a `shard_map`
-    it varies over every mesh axis that one of the operands varies over.
+    `spec` says how it is sharded over explicit mesh axes; by default it is not. Inside a
+    `shard_map` it varies over every mesh axis that one of the operands varies over.
     """
     kinds = [operand.manual_axis_type for operand in operands]
     varying = frozenset().union(*(kind.varying for kind in kinds))
@@ -95,12 +97,63 @@ def result_aval(
     )
 
 
+@functools.cache
+def needs_devices() -> ClosedJaxpr:
+    """A parameter that makes `jax.jit` tell lowerings its devices, as `partitioned` needs.
+
+    jit looks for operations that need them, in jaxprs among the parameters too.
+    """
+
+    @custom_partitioning
+    def nothing(x):
+        return x
+
+    nothing.def_partition(partition=None, sharding_rule="i -> i")
+    return jax.make_jaxpr(nothing)(jax.ShapeDtypeStruct((1,), np.float32))
+
+
+def may_be_partitioned(ctx) -> bool:
+    """Whether the lowering is for several devices, whose shares XLA is still to choose."""
+    axis_types = ctx.avals_in[0].sharding.mesh.axis_types
+    several = getattr(ctx.module_context.axis_context, "num_devices", 1) > 1
+    return several and AxisType.Explicit not in axis_types
+
+
+def partitioned(fun: Callable, rule: str, whole: Sequence[str], divide: Callable) -> Callable:
+    """`fun(*operands)`, whose shares on several devices XLA chooses.
+
+    Args:
+      fun: returns a tuple.
+      rule: Shardy's: which axes of operands and results belong together.
+      whole: the axes of the rule that no device has a part of.
+      divide: `(operand specs) -> (function of the parts, operand specs, result specs)`.
+    """
+
+    @custom_partitioning
+    def function(*operands):
+        return fun(*operands)
+
+    def partition(mesh, operands, results):
+        del results
+        part, in_specs, out_specs = divide([tuple(x.sharding.spec) for x in operands])
+
+        def on_mesh(specs):
+            return tuple(NamedSharding(mesh, spec) for spec in specs)
+
+        return mesh, part, on_mesh(out_specs), on_mesh(in_specs)
+
+    function.def_partition(
+        partition=partition, sharding_rule=rule, need_replication_factors=tuple(whole)
+    )
+    return function
+
+
 def divided_over_mesh(fun: Callable, mesh, in_specs, out_specs) -> Callable:
     """`fun`, whose operands are sharded over explicit axes of `mesh`, on each device's part.
 
     For `lower_as_jax`: only there do operands have no shardings in their types.
     """
-    mesh = mesh.update_axis_types({name: AxisType.Auto for name in mesh.axis_names})
+    mesh = mesh.update_axis_types(dict.fromkeys(mesh.axis_names, AxisType.Auto))
 
     def run(*operands, **params):
         with jax.sharding.use_abstract_mesh(mesh):
@@ -115,13 +168,13 @@ def divided_over_mesh(fun: Callable, mesh, in_specs, out_specs) -> Callable:
     return run
 
 
-@functools.partial(jax.jit, static_argnames=("primitive", "config"))
-def _bind(*args, primitive, config):
-    return primitive.bind(*args, config=config)
+@functools.partial(jax.jit, static_argnames=("primitive", "params"))
+def _bind(*args, primitive, params):
+    return primitive.bind(*args, **dict(params))
 
 
-def _apply_under_jit(primitive, *args, config):
-    return _bind(*args, primitive=primitive, config=config)
+def _apply_under_jit(primitive, *args, **params):
+    return _bind(*args, primitive=primitive, params=tuple(sorted(params.items())))
 
 
 def _refuse_derivative(name, primals, tangents, **params):

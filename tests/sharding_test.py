@@ -35,6 +35,14 @@ def collectives(compiled):
     return sorted(COLLECTIVES.findall(compiled.as_text()))
 
 
+@functools.partial(jax.jit, static_argnames=("planned", "pair"))
+def plan_and_decode(q, *rest, planned, pair):
+    h_kv = rest[0].shape[-2]
+    metadata = get_mla_metadata(rest[-1], q.shape[-3] * q.shape[-2] // h_kv, h_kv)
+    q = (q[..., :512], q[..., 512:]) if pair else q
+    return flash_mla_with_kvcache(q, *rest, 512, *(metadata if planned else ()), causal=True)
+
+
 class MeshTest(parameterized.TestCase):
     def setUp(self):
         super().setUp()
@@ -119,6 +127,99 @@ class ShardMapTest(MeshTest):
         self.assert_close([x[1] for x in got], oracle.decode(*problem.arrays))
 
 
+class AutomaticTest(MeshTest):
+    """Meshes with automatic axes: XLA propagates shardings through the program."""
+
+    def setUp(self):
+        super().setUp()
+        self.mesh = make_mesh((2, 4), ("data", "model"))
+
+    def check(self, arrays, specs, want, planned=True, pair=False):
+        operands = [
+            jax.device_put(x, jax.NamedSharding(self.mesh, P(*spec)))
+            for x, spec in zip(arrays, specs, strict=True)
+        ]
+        compiled = plan_and_decode.lower(*operands, planned=planned, pair=pair).compile()
+        self.assertEqual(collectives(compiled), [])
+        got = plan_and_decode(*operands, planned=planned, pair=pair)
+        self.assertTrue(got[0].sharding.is_equivalent_to(operands[0].sharding, got[0].ndim))
+        self.assert_close([np.asarray(x) for x in got], want)
+
+    @parameterized.product(
+        spec=(
+            ("data", "model"),
+            (("data", "model"), None),
+            (None, ("data", "model")),
+            (None, None),
+        ),
+        planned=(False, True),
+        pair=(False, True),
+    )
+    def test_batch_and_heads(self, spec, planned, pair):
+        batch, heads = spec
+        problem = problems.make_problem(self.rng, self.rng.integers(0, 400, 8), s_q=2)
+        want = oracle.decode(*problem.arrays, causal=True)
+        specs = (batch, None, heads), (), (batch,), (batch,)
+        self.check(problem.arrays, specs, want, planned, pair)
+
+    @parameterized.parameters(False, True)
+    def test_groups(self, planned):
+        parts = [
+            problems.make_problem(self.rng, self.rng.permutation([3, 0, 300, 64])) for _ in range(4)
+        ]
+        wants = zip(*(oracle.decode(*part.arrays) for part in parts), strict=True)
+        want = [np.stack(x) for x in wants]
+        self.check(problems.stack(parts).arrays, [("model",)] * 4, want, planned)
+
+    def test_inside_scan_with_a_donated_carry(self):
+        problem = problems.make_problem(self.rng, [3, 0, 200, 64])
+        specs = (("data", None, "model"), (), ("data",), ("data",))
+        operands = [
+            jax.device_put(x, jax.NamedSharding(self.mesh, P(*spec)))
+            for x, spec in zip(problem.arrays, specs, strict=True)
+        ]
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def layers(q, *rest):
+            def layer(q, _):
+                out, lse = flash_mla_with_kvcache(q, *rest)
+                return q.at[..., :512].set(out), lse
+
+            return lax.scan(layer, q, length=2)
+
+        want = layers(*(jnp.asarray(x).copy() for x in problem.arrays))[1]
+        self.assertEqual(collectives(layers.lower(*operands).compile()), [])
+        np.testing.assert_allclose(layers(*operands)[1], want, atol=1e-2)
+
+    def test_vmap(self):
+        problem = problems.make_problem(self.rng, [3, 0, 200, 64], s_q=2)
+        specs = (("data", None, "model"), (), ("data",), ("data",))
+        q, *rest = (
+            jax.device_put(x, jax.NamedSharding(self.mesh, P(*spec)))
+            for x, spec in zip(problem.arrays, specs, strict=True)
+        )
+        out, lse = jax.jit(jax.vmap(flash_mla_with_kvcache, in_axes=(0, *[None] * 3)))(
+            jnp.stack([q, -q]), *rest
+        )
+        want = oracle.decode(*problem.arrays)
+        self.assert_close((out[0], lse[0]), want)
+
+    def test_kv_heads_are_right_though_not_divided(self):
+        problem = problems.make_problem(self.rng, [3, 0, 200, 64], h_kv=2)
+        q, *rest = problem.arrays
+        q = jax.device_put(q, jax.NamedSharding(self.mesh, P(None, None, "data")))
+        got = plan_and_decode(q, *rest, planned=False, pair=False)
+        self.assert_close(got, oracle.decode(*problem.arrays))
+
+    def test_sharded_pages_are_right_though_gathered(self):
+        problem = problems.make_problem(self.rng, [3, 0, 200, 64], max_blocks=4)
+        k_cache = np.resize(problem.k_cache, (16, *problem.k_cache.shape[1:]))
+        sharded = jax.device_put(k_cache, jax.NamedSharding(self.mesh, P("data")))
+        operands = problem.q, sharded, *problem.arrays[2:]
+        got = plan_and_decode(*operands, planned=True, pair=False)
+        self.assert_close(got, oracle.decode(*problem.arrays))
+
+
 class ExplicitTest(MeshTest):
     """Meshes with explicit axes, which `jax.make_mesh` makes: shardings are part of types."""
 
@@ -129,15 +230,6 @@ class ExplicitTest(MeshTest):
     def put(self, arrays, specs):
         pairs = zip(arrays, specs, strict=True)
         return [jax.device_put(x, jax.NamedSharding(self.mesh, P(*spec))) for x, spec in pairs]
-
-    @staticmethod
-    @functools.partial(jax.jit, static_argnames=("planned", "pair"))
-    def plan_and_decode(q, *rest, planned, pair):
-        metadata = get_mla_metadata(
-            rest[-1], q.shape[-3] * 16 // rest[0].shape[-2], rest[0].shape[-2]
-        )
-        q = (q[..., :512], q[..., 512:]) if pair else q
-        return flash_mla_with_kvcache(q, *rest, 512, *(metadata if planned else ()), causal=True)
 
     @parameterized.product(
         spec=(
@@ -155,8 +247,8 @@ class ExplicitTest(MeshTest):
         specs = (batch, None, heads), (), (batch,), (batch,)
         operands = self.put(problem.arrays, specs)
         with jax.set_mesh(self.mesh):
-            compiled = self.plan_and_decode.lower(*operands, planned=planned, pair=pair).compile()
-            got = self.plan_and_decode(*operands, planned=planned, pair=pair)
+            compiled = plan_and_decode.lower(*operands, planned=planned, pair=pair).compile()
+            got = plan_and_decode(*operands, planned=planned, pair=pair)
         self.assertEqual(collectives(compiled), [])
         self.assertEqual(jax.typeof(got[0]).sharding.spec, P(batch, None, heads, None))
         self.assertEqual(jax.typeof(got[1]).sharding.spec, P(batch, heads, None))
@@ -166,8 +258,8 @@ class ExplicitTest(MeshTest):
         problem = problems.make_problem(self.rng, [3, 0, 200, 64])
         operands = self.put(problem.arrays, (("data",), (), (), ()))
         with jax.set_mesh(self.mesh):
-            compiled = self.plan_and_decode.lower(*operands, planned=True, pair=False).compile()
-            got = self.plan_and_decode(*operands, planned=True, pair=False)
+            compiled = plan_and_decode.lower(*operands, planned=True, pair=False).compile()
+            got = plan_and_decode(*operands, planned=True, pair=False)
         self.assertEqual(collectives(compiled), [])
         self.assert_close(got, oracle.decode(*problem.arrays))
 
@@ -176,8 +268,8 @@ class ExplicitTest(MeshTest):
         specs = ("data", None, "model"), (None, None, "model"), ("data",), ("data",)
         operands = self.put(problem.arrays, specs)
         with jax.set_mesh(self.mesh):
-            compiled = self.plan_and_decode.lower(*operands, planned=False, pair=False).compile()
-            got = self.plan_and_decode(*operands, planned=False, pair=False)
+            compiled = plan_and_decode.lower(*operands, planned=False, pair=False).compile()
+            got = plan_and_decode(*operands, planned=False, pair=False)
         self.assertEqual(collectives(compiled), [])
         self.assert_close(got, oracle.decode(*problem.arrays))
 
@@ -188,8 +280,8 @@ class ExplicitTest(MeshTest):
         ]
         operands = self.put(problems.stack(parts).arrays, [("model",)] * 4)
         with jax.set_mesh(self.mesh):
-            compiled = self.plan_and_decode.lower(*operands, planned=planned, pair=False).compile()
-            got = self.plan_and_decode(*operands, planned=planned, pair=False)
+            compiled = plan_and_decode.lower(*operands, planned=planned, pair=False).compile()
+            got = plan_and_decode(*operands, planned=planned, pair=False)
         self.assertEqual(collectives(compiled), [])
         for i, part in enumerate(parts):
             self.assert_close([np.asarray(x)[i] for x in got], oracle.decode(*part.arrays))
