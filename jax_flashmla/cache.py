@@ -4,8 +4,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_flashmla import arguments
+from jax_flashmla import arguments, partition
 from jax_flashmla.arguments import HEAD_DIM, PAGE_BLOCK_SIZE
+from jax_flashmla.primitive import (
+    define_primitive,
+    divided_over_mesh,
+    lower_as_jax,
+    may_be_partitioned,
+    needs_devices,
+    partitioned,
+    result_aval,
+)
 
 
 def append_kv_cache(
@@ -45,21 +54,28 @@ def append_kv_cache(
     groups = k_cache.shape[:-4] if k_cache.ndim >= 4 else ("*G",)
     expected = (*groups, "num_blocks", PAGE_BLOCK_SIZE, "h_kv", HEAD_DIM)
     arguments.shape("k_cache", k_cache, expected)
-    num_blocks, _, h_kv, _ = k_cache.shape[-4:]
+    h_kv = k_cache.shape[-2]
     new_kv = arguments.array("new_kv", new_kv)
     if new_kv.dtype != k_cache.dtype:
         raise TypeError(f"new_kv: expected k_cache's dtype {k_cache.dtype}, got {new_kv.dtype}")
     given = "group axes and h_kv as k_cache's"
     arguments.shape("new_kv", new_kv, (*groups, "b", "s_q", h_kv, HEAD_DIM), given)
-    batch, s_q = new_kv.shape[-4:-2]
+    batch = new_kv.shape[-4]
     block_table = arguments.int32_array("block_table", block_table)
     arguments.shape("block_table", block_table, (*groups, batch, "max_blocks"), "b as new_kv's")
-    max_blocks = block_table.shape[-1]
-    if max_blocks == 0:
+    if block_table.shape[-1] == 0:
         raise ValueError("block_table: expected at least one column, got max_blocks 0")
     cache_seqlens = arguments.int32_array("cache_seqlens", cache_seqlens)
     arguments.shape("cache_seqlens", cache_seqlens, (*groups, batch), "b as new_kv's")
 
+    (k_cache,) = append_p.bind(k_cache, new_kv, block_table, cache_seqlens, devices=needs_devices())
+    return k_cache
+
+
+def _append(k_cache, new_kv, block_table, cache_seqlens):
+    *groups, num_blocks, _, _, _ = k_cache.shape
+    batch, s_q = new_kv.shape[-4:-2]
+    max_blocks = block_table.shape[-1]
     position = cache_seqlens[..., None] + jnp.arange(-s_q, 0, dtype=jnp.int32)
     inside = (position >= 0) & (position < max_blocks * PAGE_BLOCK_SIZE)
     column = jnp.where(inside, position // PAGE_BLOCK_SIZE, 0)
@@ -70,6 +86,49 @@ def append_kv_cache(
     row = jnp.arange(batch * s_q, dtype=jnp.int32).reshape(batch, s_q)
     page = jnp.where(inside, page, num_blocks + row)
     group = (lax.broadcasted_iota(jnp.int32, page.shape, axis) for axis in range(len(groups)))
-    return k_cache.at[(*group, page, position % PAGE_BLOCK_SIZE)].set(
-        new_kv, mode="drop", unique_indices=True
-    )
+    index = (*group, page, position % PAGE_BLOCK_SIZE)
+    return (k_cache.at[index].set(new_kv, mode="drop", unique_indices=True),)
+
+
+def _abstract(k_cache, *operands, devices):
+    del devices
+    spec = None
+    if partition.is_sharded([k_cache, *operands]):
+        spec = partition.append_specs(k_cache, *operands)[0]
+    return [result_aval([k_cache, *operands], k_cache.shape, k_cache.dtype, spec)]
+
+
+def _lowering(ctx, *operands, devices):
+    """Every device appends to its group's pools, or to its KV heads."""
+    del devices
+    k_cache = ctx.avals_in[0]
+    if partition.is_sharded(ctx.avals_in):  # over explicit axes of a mesh
+        specs = partition.append_specs(*ctx.avals_in)
+        fun = divided_over_mesh(_append, k_cache.sharding.mesh, specs, specs[:1])
+    elif may_be_partitioned(ctx):
+        num_groups = k_cache.ndim - 4
+
+        def divide(specs):
+            *groups, _, _, kv_heads, _ = specs[0] + (None,) * (k_cache.ndim - len(specs[0]))
+            divided = partition.divide_append(groups, kv_heads)
+            return _append, divided, divided[:1]
+
+        fun = partitioned(_append, *partition.append_rule(num_groups), divide)
+    else:
+        fun = _append
+    return lower_as_jax(fun)(ctx, *operands)
+
+
+def _batcher(operands, dims, *, devices):
+    """The mapped axis becomes one more group axis: every example has a pool of its own."""
+    size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
+    operands = [
+        jnp.broadcast_to(x, (size, *x.shape)) if d is None else jnp.moveaxis(x, d, 0)
+        for x, d in zip(operands, dims, strict=True)
+    ]
+    return append_p.bind(*operands, devices=devices), [0]
+
+
+append_p = define_primitive(
+    "append_kv_cache", abstract=_abstract, lowering=_lowering, batcher=_batcher
+)

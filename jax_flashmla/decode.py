@@ -210,7 +210,7 @@ def _decode_lowering(ctx, *operands, config, devices):
         q, (k_cache, *_), _ = config.split_operands(ctx.avals_in)
         divide_heads = k_cache.shape[-2] == 1
         num_groups = k_cache.ndim - 4
-        rule = partition.sharding_rule(num_groups, len(q), config.planned, divide_heads)
+        rule = partition.decode_rule(num_groups, len(q), config.planned, divide_heads)
 
         def divide(specs):
             *groups, batch, _, heads, _ = specs[0] + (None,) * (num_groups + 4 - len(specs[0]))

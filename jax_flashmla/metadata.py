@@ -1,16 +1,24 @@
 """`get_mla_metadata`: plans a decode step, once per step, for all layers."""
 
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
 from jax_flashmla import arguments, native, partition, planner
-from jax_flashmla.primitive import define_primitive, lower_as_jax, result_aval
+from jax_flashmla.primitive import (
+    define_primitive,
+    divided_over_mesh,
+    lower_as_jax,
+    may_be_partitioned,
+    needs_devices,
+    partitioned,
+    result_aval,
+)
 
 # SMs of an H100 SXM or H200: what a plan is made for where JAX sees no GPU.
 DEFAULT_NUM_SMS = 132
@@ -67,7 +75,7 @@ def get_mla_metadata(
     if sms > MAX_NUM_SMS:
         raise ValueError(f"num_sms: expected at most {MAX_NUM_SMS}, got {sms}")
     config = PlanConfig(planner.num_sm_parts(rows, heads, sms), implementation)
-    return MLAMetadata(*plan_p.bind(cache_seqlens, config=config))
+    return MLAMetadata(*plan_p.bind(cache_seqlens, config=config, devices=needs_devices()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,14 +86,15 @@ class PlanConfig:
     implementation: str | None
 
 
-def _abstract(cache_seqlens, *, config):
+def _abstract(cache_seqlens, *, config, devices=None):
+    del devices
     *groups, batch = cache_seqlens.shape
     # Sharded as the groups are; a plan for a sharded batch is whole.
-    spec = partition.spec_of(cache_seqlens)[:-1]
-    tile_shape = (*groups, config.num_sm_parts, planner.METADATA_COLUMNS)
+    _, *specs = partition.divide_plan(partition.spec_of(cache_seqlens)[:-1])
+    shapes = (*groups, config.num_sm_parts, planner.METADATA_COLUMNS), (*groups, batch + 1)
     return [
-        result_aval([cache_seqlens], tile_shape, jnp.dtype("int32"), P(*spec, None, None)),
-        result_aval([cache_seqlens], (*groups, batch + 1), jnp.dtype("int32"), P(*spec, None)),
+        result_aval([cache_seqlens], shape, jnp.dtype("int32"), spec)
+        for shape, spec in zip(shapes, specs, strict=True)
     ]
 
 
@@ -93,13 +102,34 @@ def _plan(cache_seqlens, *, config):
     """Lowers the outer primitive: any number of group axes become one."""
     *groups, batch = cache_seqlens.shape
     results = plan_local_p.bind(cache_seqlens.reshape(math.prod(groups), batch), config=config)
-    return [result.reshape(*groups, *result.shape[1:]) for result in results]
+    return tuple(result.reshape(*groups, *result.shape[1:]) for result in results)
 
 
-def _batcher(args, dims, *, config):
+def _plan_lowering(ctx, cache_seqlens, *, config, devices):
+    """Every device plans for its groups."""
+    del devices
+    (lengths,) = ctx.avals_in
+    fun = functools.partial(_plan, config=config)
+    if partition.is_sharded([lengths]):  # over explicit axes of a mesh
+        in_spec, *out_specs = partition.divide_plan(partition.spec_of(lengths)[:-1])
+        fun = divided_over_mesh(fun, lengths.sharding.mesh, (in_spec,), tuple(out_specs))
+    elif may_be_partitioned(ctx):
+        num_groups = lengths.ndim - 1
+
+        def divide(specs, whole=fun):
+            groups = (specs[0] + (None,) * num_groups)[:num_groups]
+            in_spec, *out_specs = partition.divide_plan(groups)
+            return whole, (in_spec,), out_specs
+
+        fun = partitioned(fun, *partition.plan_rule(num_groups), divide)
+    return lower_as_jax(fun)(ctx, cache_seqlens)
+
+
+def _batcher(args, dims, *, config, devices):
     """A mapped axis becomes one more group axis."""
     (cache_seqlens,), (dim,) = args, dims
-    return plan_p.bind(jnp.moveaxis(cache_seqlens, dim, 0), config=config), [0, 0]
+    mapped = jnp.moveaxis(cache_seqlens, dim, 0)
+    return plan_p.bind(mapped, config=config, devices=devices), [0, 0]
 
 
 def _plan_local_xla(cache_seqlens, *, config):
@@ -132,5 +162,5 @@ plan_local_p = define_primitive(
     platform_lowerings={"cuda": _cuda_lowering},
 )
 plan_p = define_primitive(
-    "mla_metadata", abstract=_abstract, lowering=lower_as_jax(_plan), batcher=_batcher
+    "mla_metadata", abstract=_abstract, lowering=_plan_lowering, batcher=_batcher
 )

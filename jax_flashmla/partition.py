@@ -1,8 +1,9 @@
-"""How decode is divided over a mesh: by groups, batch and heads, with nothing to exchange.
+"""How decode and append are divided over a mesh, with nothing to exchange.
 
+Plans are divided by groups, decode by groups, batch and heads, append by groups and KV heads.
 Everything else (query tokens, columns, pages) is whole on every device. On meshes with explicit
 axes shardings are part of types, and what does not fit is refused while tracing. On others XLA
-propagates them by `sharding_rule`, and gathers what does not fit.
+propagates them by the rules here, and gathers what does not fit.
 """
 
 from collections.abc import Sequence
@@ -24,19 +25,30 @@ class DecodeSpecs(NamedTuple):
     whole_groups: bool  # neither batch nor heads are divided
 
 
-def sharding_rule(num_groups: int, num_q: int, planned: bool, divide_heads: bool):
-    """Shardy's rule for decode: the axes of operands and results, and those that stay whole."""
-    groups = " ".join(f"g{i}" for i in range(num_groups))
+def decode_rule(num_groups: int, num_q: int, planned: bool, divide_heads: bool):
+    """Shardy's rule for decode, and the axes of it that stay whole."""
     q = ["b s h d", "b s h r"][:num_q]
     operands = [*q, "p t u e", "b n", "b", *(["m c", "k"] if planned else [])]
-    results = ["b s h v", "b h s"]
+    return _rule(num_groups, operands, ["b s h v", "b h s"], "bh" if divide_heads else "b")
+
+
+def plan_rule(num_groups: int):
+    """Shardy's rule for a plan, and the axes of it that stay whole."""
+    return _rule(num_groups, ["b"], ["m c", "k"], "")
+
+
+def append_rule(num_groups: int):
+    """Shardy's rule for append, and the axes of it that stay whole."""
+    return _rule(num_groups, ["p t u e", "b s u e", "b n", "b"], ["p t u e"], "u")
+
+
+def _rule(num_groups, operands, results, divided):
+    """Puts the group axes before each; all axes but those and `divided` stay whole."""
+    groups = " ".join(f"g{i}" for i in range(num_groups))
     left, right = (", ".join(f"{groups} {axes}" for axes in lists) for lists in (operands, results))
-    rule = f"{left} -> {right}"
-    divided = {"b", "h"} if divide_heads else {"b"}
     # Shardy wants them in the order of their appearance.
-    letters = dict.fromkeys(rule.replace(",", " ").replace("->", " ").split())
-    whole = (x for x in letters if x not in divided and not x.startswith("g"))
-    return rule, tuple(whole)
+    letters = dict.fromkeys(" ".join([*operands, *results]).split())
+    return f"{left} -> {right}", tuple(x for x in letters if x not in divided)
 
 
 def decode_specs(q, k_cache, block_table, cache_seqlens) -> DecodeSpecs:
@@ -97,6 +109,44 @@ def divide(groups: Sequence, batch, heads, kv_heads=None) -> DecodeSpecs:
         out=PartitionSpec(*groups, batch, None, heads, None),
         lse=PartitionSpec(*groups, batch, heads, None),
         whole_groups=batch is None and heads is None,
+    )
+
+
+def divide_plan(groups: Sequence) -> tuple[PartitionSpec, ...]:
+    """The specs of the lengths and of both results, for these mesh axes of the group axes."""
+    return (
+        PartitionSpec(*groups, None),
+        PartitionSpec(*groups, None, None),
+        PartitionSpec(*groups, None),
+    )
+
+
+def append_specs(k_cache, new_kv, block_table, cache_seqlens) -> tuple[PartitionSpec, ...]:
+    """How to divide an append whose operands are sharded: specs of the operands; the first is the
+    result's.
+
+    Raises:
+      ValueError: an operand is sharded in a way that would need data of other devices.
+    """
+    *groups, pages, tokens, kv_heads, width = spec_of(k_cache)
+    if (pages, tokens, width) != (None, None, None):
+        _refuse("k_cache", k_cache, "only group axes and h_kv to be sharded")
+    specs = divide_append(groups, kv_heads)
+    names = "new_kv", "block_table", "cache_seqlens"
+    operands = zip(names, (new_kv, block_table, cache_seqlens), specs[1:], strict=True)
+    for name, operand, spec in operands:
+        if spec_of(operand) != tuple(spec):
+            _refuse(name, operand, f"{spec}, to fit k_cache's {k_cache.sharding.spec}")
+    return specs
+
+
+def divide_append(groups: Sequence, kv_heads) -> tuple[PartitionSpec, ...]:
+    """The specs for these mesh axes of the group axes and the KV heads."""
+    return (
+        PartitionSpec(*groups, None, None, kv_heads, None),
+        PartitionSpec(*groups, None, None, kv_heads, None),
+        PartitionSpec(*groups, None, None),
+        PartitionSpec(*groups, None),
     )
 
 

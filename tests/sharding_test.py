@@ -4,8 +4,10 @@ import functools
 import re
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 from jax import lax
 from jax.sharding import AxisType
@@ -305,6 +307,17 @@ class ExplicitTest(MeshTest):
         want = layers(*map(jnp.asarray, problem.arrays))[1]
         np.testing.assert_allclose(got, want, atol=1e-2)
 
+    def test_export(self):
+        pytest.importorskip("flatbuffers", reason="jax.export serialises with flatbuffers")
+        problem = problems.make_problem(self.rng, [3, 0, 200, 64])
+        specs = ("data", None, "model"), (), ("data",), ("data",)
+        operands = self.put(problem.arrays, specs)
+        with jax.set_mesh(self.mesh):
+            exported = jax.export.export(jax.jit(flash_mla_with_kvcache))(*operands)
+            got = jax.export.deserialize(exported.serialize()).call(*operands)
+        self.assertEqual(exported.nr_devices, 8)
+        self.assert_close([np.asarray(x) for x in got], oracle.decode(*problem.arrays))
+
     @parameterized.named_parameters(
         ("pages", 1, ("data",), "k_cache: expected pages not to be sharded.*context_parallel"),
         ("tokens", 1, (None, "data"), "k_cache: expected only group axes and h_kv"),
@@ -330,6 +343,75 @@ class ExplicitTest(MeshTest):
             self.assertRaisesRegex(ValueError, "k_cache: expected h_kv sharded as q's h_q"),
         ):
             jax.jit(flash_mla_with_kvcache)(*operands)
+
+
+class AppendTest(MeshTest):
+    """append_kv_cache and the plan, divided over a mesh."""
+
+    @parameterized.parameters(AxisType.Auto, AxisType.Explicit)
+    def test_data_parallel_pools(self, axis_type):
+        mesh = make_mesh((8,), ("data",), axis_type)
+        parts = [
+            problems.make_problem(self.rng, self.rng.permutation([3, 0, 300, 64])) for _ in range(8)
+        ]
+        grouped = problems.stack(parts)
+        new_kv = self.rng.standard_normal((8, 4, 1, 1, 576)).astype(jnp.bfloat16)
+        sharding = jax.NamedSharding(mesh, P("data"))
+        operands = [jax.device_put(x, sharding) for x in (*grouped.arrays, new_kv)]
+
+        @functools.partial(jax.jit, donate_argnums=1)
+        def step(q, k_cache, table, lengths, new_kv):
+            k_cache = append_kv_cache(k_cache, new_kv, table, lengths)
+            metadata = get_mla_metadata(lengths, 16, 1)
+            return k_cache, *flash_mla_with_kvcache(q, k_cache, table, lengths, 512, *metadata)
+
+        with jax.set_mesh(mesh):
+            compiled = step.lower(*operands).compile()
+            self.assertEqual(collectives(compiled), [])
+            if jax.__version_info__ >= (0, 11):  # XLA:CPU of 0.10 scatters through float32
+                local_pool = grouped.k_cache.nbytes // 8
+                self.assertEqual(compiled.memory_analysis().alias_size_in_bytes, local_pool)
+            k_cache, *got = (np.asarray(x) for x in step(*operands))
+        for i, part in enumerate(parts):
+            rows = append_kv_cache(part.k_cache, new_kv[i], part.block_table, part.cache_seqlens)
+            np.testing.assert_array_equal(
+                k_cache[i].view(np.uint16), np.asarray(rows).view(np.uint16)
+            )
+            want = oracle.decode(part.q, k_cache[i], part.block_table, part.cache_seqlens)
+            self.assert_close([x[i] for x in got], want)
+
+    @parameterized.parameters(AxisType.Auto, AxisType.Explicit)
+    def test_kv_heads(self, axis_type):
+        mesh = make_mesh((2, 4), ("data", "model"), axis_type)
+        problem = problems.make_problem(self.rng, [3, 0, 300, 64], h_kv=4)
+        new_kv = self.rng.standard_normal((4, 2, 4, 576)).astype(jnp.bfloat16)
+        specs = P(None, None, "model"), P(None, None, "model"), P(), P()
+        arrays = problem.k_cache, new_kv, problem.block_table, problem.cache_seqlens
+        operands = [
+            jax.device_put(x, jax.NamedSharding(mesh, spec))
+            for x, spec in zip(arrays, specs, strict=True)
+        ]
+        with jax.set_mesh(mesh):
+            append = jax.jit(append_kv_cache)
+            self.assertEqual(collectives(append.lower(*operands).compile()), [])
+            got = np.asarray(append(*operands))
+        want = np.asarray(append_kv_cache(*arrays))
+        np.testing.assert_array_equal(got.view(np.uint16), want.view(np.uint16))
+
+    @parameterized.named_parameters(
+        ("pages", 0, P("data"), "k_cache: expected only group axes and h_kv to be sharded"),
+        ("rows", 1, P("data"), "new_kv: expected .* to fit k_cache's"),
+        ("table", 2, P("data"), "block_table: expected .* to fit k_cache's"),
+    )
+    def test_shardings_that_would_need_other_devices(self, index, spec, message):
+        mesh = make_mesh((8,), ("data",), AxisType.Explicit)
+        shapes = (16, 64, 1, 576), (8, 1, 1, 576), (8, 3), (8,)
+        dtypes = jnp.bfloat16, jnp.bfloat16, jnp.int32, jnp.int32
+        operands = [jnp.zeros(*x) for x in zip(shapes, dtypes, strict=True)]
+        with jax.set_mesh(mesh):
+            operands[index] = jax.device_put(operands[index], jax.NamedSharding(mesh, spec))
+            with self.assertRaisesRegex(ValueError, message):
+                jax.jit(append_kv_cache)(*operands)
 
 
 class ContextParallelTest(MeshTest):
@@ -379,7 +461,12 @@ class ContextParallelTest(MeshTest):
             )
         )
         operands = problem.q, pools, tables, problem.cache_seqlens
-        self.assertEqual(set(collectives(run.lower(*operands).compile())), {"all-reduce"})
+        compiled = run.lower(*operands).compile()
+        self.assertEqual(set(collectives(compiled)), {"all-reduce"})
+        # One of them has the output, in float32.
+        size = ",".join(map(str, (*problem.q.shape[:3], 512)))
+        types = [found[0] for found in COLLECTIVES.finditer(compiled.as_text())]
+        self.assertLen([x for x in types if f"f32[{size}]" in x], 1)
         want = oracle.decode(*problem.arrays, causal=causal)
         plain = support.decode_in_low_precision(problem.arrays, 576**-0.5, causal)
         got = run(*operands)
