@@ -20,7 +20,12 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from jax_flashmla import flash_mla_with_kvcache, get_mla_metadata, show_config
+from jax_flashmla import (
+    append_kv_cache,
+    flash_mla_with_kvcache,
+    get_mla_metadata,
+    show_config,
+)
 
 TEXT = pathlib.Path(__file__).parent.parent / "LICENSE"
 HIDDEN, HEADS, LATENT, ROPE, NOPE, VALUE = 2048, 16, 512, 64, 128, 128
@@ -87,16 +92,11 @@ def cache_rows(layer, tokens, positions):
     return rows.astype(jnp.bfloat16)
 
 
-def append(k_cache, rows, block_table, positions):
-    """Writes one row per sequence into its page."""
-    pages = jnp.take_along_axis(block_table, positions[:, None] // PAGE, axis=1)[:, 0]
-    return k_cache.at[pages, positions % PAGE, 0].set(rows)
-
-
 @functools.partial(jax.jit, donate_argnames="k_cache")
 def decode_step(layer, k_cache, block_table, lengths, tokens):
     """Attends from one new token per sequence. Returns the layer's output and the new cache."""
-    k_cache = append(k_cache, cache_rows(layer, tokens, lengths), block_table, lengths)
+    rows = cache_rows(layer, tokens, lengths)[:, None, None]
+    k_cache = append_kv_cache(k_cache, rows, block_table, lengths + 1)
     query = jnp.einsum("bd,dhk->bhk", rms_norm(layer.embedding[tokens]), layer.query)
     q_nope = jnp.einsum("bhn,hnl->bhl", query[..., :NOPE], layer.key)  # weight absorption
     q_rope = rotate(query[..., NOPE:], lengths[:, None])

@@ -50,6 +50,7 @@ class MeshTest(parameterized.TestCase):
         super().setUp()
         if len(jax.devices("cpu")) < 8:
             self.skipTest("needs 8 CPU devices: run it with pytest")
+        self.enterContext(jax.default_device(jax.devices("cpu")[0]))
         self.rng = np.random.default_rng()
 
     def assert_close(self, got, want):
