@@ -1,7 +1,6 @@
-"""Decode and append on meshes of 8 CPU devices: results and collectives."""
+"""Decode, append and plan on meshes of 8 CPU devices: results and collectives."""
 
 import functools
-import re
 
 import jax
 import jax.export
@@ -13,28 +12,9 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from jax_flashmla import (
-    append_kv_cache,
-    context_parallel,
-    flash_mla_with_kvcache,
-    get_mla_metadata,
-)
-from tests import oracle, problems, support
-
-PAGE = 64
-COLLECTIVES = re.compile(
-    r"= .*? (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
-)
-
-
-def make_mesh(shape, names, axis_type=AxisType.Auto):
-    return jax.make_mesh(
-        shape, names, axis_types=(axis_type,) * len(shape), devices=jax.devices("cpu")
-    )
-
-
-def collectives(compiled):
-    return sorted(COLLECTIVES.findall(compiled.as_text()))
+from jax_flashmla import append_kv_cache, flash_mla_with_kvcache, get_mla_metadata
+from tests import oracle, problems
+from tests.meshes import MeshTest, collectives, make_mesh
 
 
 @functools.partial(jax.jit, static_argnames=("planned", "pair"))
@@ -43,19 +23,6 @@ def plan_and_decode(q, *rest, planned, pair):
     metadata = get_mla_metadata(rest[-1], q.shape[-3] * q.shape[-2] // h_kv, h_kv)
     q = (q[..., :512], q[..., 512:]) if pair else q
     return flash_mla_with_kvcache(q, *rest, 512, *(metadata if planned else ()), causal=True)
-
-
-class MeshTest(parameterized.TestCase):
-    def setUp(self):
-        super().setUp()
-        if len(jax.devices("cpu")) < 8:
-            self.skipTest("needs 8 CPU devices: run it with pytest")
-        self.enterContext(jax.default_device(jax.devices("cpu")[0]))
-        self.rng = np.random.default_rng()
-
-    def assert_close(self, got, want):
-        np.testing.assert_allclose(np.asarray(got[0], np.float32), want[0], atol=2e-2)
-        np.testing.assert_allclose(got[1], want[1], atol=1e-4, rtol=1e-5)
 
 
 class ShardMapTest(MeshTest):
@@ -219,6 +186,8 @@ class AutomaticTest(MeshTest):
         k_cache = np.resize(problem.k_cache, (16, *problem.k_cache.shape[1:]))
         sharded = jax.device_put(k_cache, jax.NamedSharding(self.mesh, P("data")))
         operands = problem.q, sharded, *problem.arrays[2:]
+        compiled = plan_and_decode.lower(*operands, planned=True, pair=False).compile()
+        self.assertIn("all-gather", collectives(compiled))
         got = plan_and_decode(*operands, planned=True, pair=False)
         self.assert_close(got, oracle.decode(*problem.arrays))
 
@@ -413,109 +382,6 @@ class AppendTest(MeshTest):
             operands[index] = jax.device_put(operands[index], jax.NamedSharding(mesh, spec))
             with self.assertRaisesRegex(ValueError, message):
                 jax.jit(append_kv_cache)(*operands)
-
-
-class ContextParallelTest(MeshTest):
-    """One sequence's keys on several devices."""
-
-    def spread(self, problem, devices, split, max_blocks):
-        """Pools and tables of all devices: pages in random order, everything else NaN."""
-        batch = len(problem.cache_seqlens)
-        pages = batch * max_blocks + 2
-        pools = np.full((devices, pages, *problem.k_cache.shape[1:]), np.nan, problem.q.dtype)
-        tables = np.full((devices, batch, max_blocks), problems.UNUSED_TABLE_ENTRY, np.int32)
-        for device in range(devices):
-            free = iter(self.rng.permutation(pages))
-            for i, length in enumerate(problem.cache_seqlens):
-                for j in range(-(-int(length) // PAGE)):
-                    if split == "interleaved":
-                        owner, local = j % devices, j // devices
-                    else:
-                        owner, local = divmod(j, max_blocks)
-                    if owner == device:
-                        tables[device, i, local] = next(free)
-                        source = problem.k_cache[problem.block_table[i, j]]
-                        pools[device, tables[device, i, local]] = source
-        return pools, tables
-
-    @parameterized.product(
-        split=context_parallel.SPLITS, s_q=(1, 3), causal=(False, True), h_kv=(1, 2)
-    )
-    def test_decode(self, split, s_q, causal, h_kv):
-        mesh = make_mesh((4, 2), ("context", "model"))
-        lengths = [0, 1, 2, 63, 64, 65, 66, 129, 257, 258, 1000]
-        problem = problems.make_problem(self.rng, lengths, s_q=s_q, h_q=4 * h_kv, h_kv=h_kv)
-        max_blocks = 5  # 4 devices x 5 pages x 64 tokens: room for the longest
-        pools, tables = self.spread(problem, 4, split, max_blocks)
-
-        def body(q, pools, tables, lengths):
-            return context_parallel.decode(
-                q, pools[0], tables[0], lengths, axis_name="context", split=split, causal=causal
-            )
-
-        run = jax.jit(
-            jax.shard_map(
-                body,
-                mesh=mesh,
-                in_specs=(P(), P("context"), P("context"), P()),
-                out_specs=(P(), P()),
-            )
-        )
-        operands = problem.q, pools, tables, problem.cache_seqlens
-        compiled = run.lower(*operands).compile()
-        self.assertEqual(set(collectives(compiled)), {"all-reduce"})
-        # One of them has the output, in float32.
-        size = ",".join(map(str, (*problem.q.shape[:3], 512)))
-        types = [found[0] for found in COLLECTIVES.finditer(compiled.as_text())]
-        self.assertLen([x for x in types if f"f32[{size}]" in x], 1)
-        want = oracle.decode(*problem.arrays, causal=causal)
-        plain = support.decode_in_low_precision(problem.arrays, 576**-0.5, causal)
-        got = run(*operands)
-        np.testing.assert_allclose(got[1], want[1], atol=1e-4, rtol=1e-5)
-        error, scale = (np.abs(np.asarray(x[0], np.float64) - want[0]).max() for x in (got, plain))
-        # Partial results are rounded to 16 bits before they are merged.
-        self.assertLessEqual(error, 3 * scale + 2**-7 * np.abs(want[0]).max())
-
-    @parameterized.product(split=context_parallel.SPLITS, s_q=(1, 3))
-    def test_append_then_decode(self, split, s_q):
-        mesh = make_mesh((8,), ("context",))
-        lengths = [0, s_q, 64, 66, 129, 700]
-        problem = problems.make_problem(self.rng, lengths, s_q=s_q)
-        pools, tables = self.spread(problem, 8, split, max_blocks=2)
-        new_kv = np.zeros((len(lengths), s_q, 1, 576), pools.dtype)
-        for i, length in enumerate(lengths):
-            for token, position in enumerate(range(length - s_q, length)):
-                if position >= 0:
-                    page, row = problem.block_table[i, position // PAGE], position % PAGE
-                    new_kv[i, token] = problem.k_cache[page, row]
-        stale = pools.copy()  # without the newest rows
-        stale[(stale[..., None, :] == new_kv.reshape(-1, 576)).all(-1).any(-1)] = np.nan
-
-        @functools.partial(
-            jax.shard_map,
-            mesh=mesh,
-            in_specs=(P(), P("context"), P("context"), P(), P()),
-            out_specs=(P("context"), P(), P()),
-        )
-        def run(q, pools, tables, lengths, new_kv):
-            where = {"axis_name": "context", "split": split}
-            pool = context_parallel.append(pools[0], new_kv, tables[0], lengths, **where)
-            out, lse = context_parallel.decode(q, pool, tables[0], lengths, causal=True, **where)
-            return pool[None], out, lse
-
-        pool, *got = jax.jit(run)(problem.q, stale, tables, problem.cache_seqlens, new_kv)
-        np.testing.assert_array_equal(np.asarray(pool).view(np.uint16), pools.view(np.uint16))
-        self.assert_close(got, oracle.decode(*problem.arrays, causal=True))
-
-    def test_bad_split(self):
-        with self.assertRaisesRegex(ValueError, "split: expected one of .*got 'even'"):
-            jax.eval_shape(
-                jax.vmap(
-                    lambda n: context_parallel.local_seqlens(n, 4, axis_name="x", split="even"),
-                    axis_name="x",
-                ),
-                jnp.zeros(4, jnp.int32),
-            )
 
 
 if __name__ == "__main__":
