@@ -6,15 +6,7 @@ from jax import lax
 
 from jax_flashmla import arguments, partition
 from jax_flashmla.arguments import HEAD_DIM, PAGE_BLOCK_SIZE
-from jax_flashmla.primitive import (
-    define_primitive,
-    divided_over_mesh,
-    lower_as_jax,
-    may_be_partitioned,
-    needs_devices,
-    partitioned,
-    result_aval,
-)
+from jax_flashmla.primitive import define_primitive, lower_on_mesh, needs_devices, result_aval
 
 
 def append_kv_cache(
@@ -73,21 +65,29 @@ def append_kv_cache(
 
 
 def _append(k_cache, new_kv, block_table, cache_seqlens):
-    *groups, num_blocks, _, _, _ = k_cache.shape
     batch, s_q = new_kv.shape[-4:-2]
-    max_blocks = block_table.shape[-1]
     position = cache_seqlens[..., None] + jnp.arange(-s_q, 0, dtype=jnp.int32)
-    inside = (position >= 0) & (position < max_blocks * PAGE_BLOCK_SIZE)
+    (*group, page, row), inside = find_rows(k_cache, block_table, position)
+    # What is skipped goes to pages past the pool, a different one each: XLA may then assume that no
+    # two rows have the same target, and write them all at once.
+    past = k_cache.shape[-4] + jnp.arange(batch * s_q, dtype=jnp.int32).reshape(batch, s_q)
+    index = (*group, jnp.where(inside, page, past), row)
+    return (k_cache.at[index].set(new_kv, mode="drop", unique_indices=True),)
+
+
+def find_rows(k_cache, block_table, position):
+    """Where in the pool tokens lie: `position [*G, b, t]` in their sequences.
+
+    Returns the index arrays of the group axes, the page and its row, and whether there is such a
+    token: inside the table, on a page of the pool. Where there is none, the page may be anything.
+    """
+    *groups, num_blocks, _, _, _ = k_cache.shape
+    inside = (position >= 0) & (position < block_table.shape[-1] * PAGE_BLOCK_SIZE)
     column = jnp.where(inside, position // PAGE_BLOCK_SIZE, 0)
     page = jnp.take_along_axis(block_table, column, axis=-1)
     inside &= (page >= 0) & (page < num_blocks)
-    # What is skipped goes to pages past the pool, a different one each: XLA may then assume that no
-    # two rows have the same target, and write them all at once.
-    row = jnp.arange(batch * s_q, dtype=jnp.int32).reshape(batch, s_q)
-    page = jnp.where(inside, page, num_blocks + row)
     group = (lax.broadcasted_iota(jnp.int32, page.shape, axis) for axis in range(len(groups)))
-    index = (*group, page, position % PAGE_BLOCK_SIZE)
-    return (k_cache.at[index].set(new_kv, mode="drop", unique_indices=True),)
+    return (*group, page, position % PAGE_BLOCK_SIZE), inside
 
 
 def _abstract(k_cache, *operands, devices):
@@ -99,24 +99,16 @@ def _abstract(k_cache, *operands, devices):
 
 
 def _lowering(ctx, *operands, devices):
-    """Every device appends to its group's pools, or to its KV heads."""
+    """Devices share groups and KV heads."""
     del devices
-    k_cache = ctx.avals_in[0]
-    if partition.is_sharded(ctx.avals_in):  # over explicit axes of a mesh
-        specs = partition.append_specs(*ctx.avals_in)
-        fun = divided_over_mesh(_append, k_cache.sharding.mesh, specs, specs[:1])
-    elif may_be_partitioned(ctx):
-        num_groups = k_cache.ndim - 4
 
-        def divide(specs):
-            *groups, _, _, kv_heads, _ = specs[0] + (None,) * (k_cache.ndim - len(specs[0]))
-            divided = partition.divide_append(groups, kv_heads)
-            return _append, divided, divided[:1]
+    def divide(specs):
+        *groups, _, _, kv_heads, _ = specs[0]
+        divided = partition.divide_append(groups, kv_heads)
+        return _append, divided, divided[:1]
 
-        fun = partitioned(_append, *partition.append_rule(num_groups), divide)
-    else:
-        fun = _append
-    return lower_as_jax(fun)(ctx, *operands)
+    rule = partition.append_rule(ctx.avals_in[0].ndim - 4)
+    return lower_on_mesh(ctx, operands, _append, rule, divide)
 
 
 def _batcher(operands, dims, *, devices):

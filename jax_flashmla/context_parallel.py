@@ -19,7 +19,7 @@ from jax import lax
 
 from jax_flashmla import arguments
 from jax_flashmla.arguments import HEAD_DIM, LATENT_DIM, PAGE_BLOCK_SIZE
-from jax_flashmla.cache import append_kv_cache
+from jax_flashmla.cache import append_kv_cache, find_rows
 from jax_flashmla.decode import flash_mla_with_kvcache
 from jax_flashmla.merge import merge_attention_states
 
@@ -158,17 +158,14 @@ def _attend_to_last(q, k_cache, block_table, visible, softmax_scale):
     `visible [*G, b, s_q]`: query `i` sees the device's keys from `visible[..., 0]` up to, not
     including, `visible[..., i]`.
     """
-    *groups, num_blocks, _, h_kv, _ = k_cache.shape
+    h_kv = k_cache.shape[-2]
     first, s_q = visible[..., :1], visible.shape[-1]
     position = first + jnp.arange(s_q - 1, dtype=jnp.int32)
-    inside = position < visible[..., -1:]
-    column = jnp.where(inside, position // PAGE_BLOCK_SIZE, 0)
-    page = jnp.take_along_axis(block_table, column, axis=-1)
+    (*group, page, row), inside = find_rows(k_cache, block_table, position)
     # A page id outside the pool reads as zeros, and so does what must not be read.
-    readable = inside & (page >= 0) & (page < num_blocks)
-    group = (lax.broadcasted_iota(jnp.int32, page.shape, axis) for axis in range(len(groups)))
-    index = (*group, jnp.where(readable, page, 0), position % PAGE_BLOCK_SIZE)
-    keys = jnp.where(readable[..., None, None], k_cache[index], 0).astype(jnp.float32)
+    readable = inside & (position < visible[..., -1:])
+    keys = k_cache[(*group, jnp.where(readable, page, 0), row)]
+    keys = jnp.where(readable[..., None, None], keys, 0).astype(jnp.float32)
 
     rows = jnp.concatenate(q, -1) if isinstance(q, (tuple, list)) else q
     *leading, _, h_q, _ = rows.shape

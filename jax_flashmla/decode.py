@@ -14,11 +14,9 @@ from jax_flashmla.metadata import get_mla_metadata
 from jax_flashmla.planner import METADATA_COLUMNS
 from jax_flashmla.primitive import (
     define_primitive,
-    divided_over_mesh,
     lower_as_jax,
-    may_be_partitioned,
+    lower_on_mesh,
     needs_devices,
-    partitioned,
     result_aval,
 )
 
@@ -200,46 +198,32 @@ def _decode(*operands, config):
 
 
 def _decode_lowering(ctx, *operands, config, devices):
-    """Chooses how several devices share the work, if there are several."""
-    del devices
-    if partition.is_sharded(ctx.avals_in):  # over explicit axes of a mesh
-        q, rest, _ = config.split_operands(ctx.avals_in)
-        part, in_specs, out_specs = _divide(partition.decode_specs(q, *rest), config)
-        fun = divided_over_mesh(part, q[0].sharding.mesh, in_specs, out_specs)
-    elif may_be_partitioned(ctx):
-        q, (k_cache, *_), _ = config.split_operands(ctx.avals_in)
-        divide_heads = k_cache.shape[-2] == 1
-        num_groups = k_cache.ndim - 4
-        rule = partition.decode_rule(num_groups, len(q), config.planned, divide_heads)
-
-        def divide(specs):
-            *groups, batch, _, heads, _ = specs[0] + (None,) * (num_groups + 4 - len(specs[0]))
-            divided = partition.divide(groups, batch, heads if divide_heads else None)
-            return _divide(divided, config)
-
-        fun = partitioned(functools.partial(_decode, config=config), *rule, divide)
-    else:
-        fun = functools.partial(_decode, config=config)
-    return lower_as_jax(fun)(ctx, *operands)
-
-
-def _divide(specs, config):
-    """The function of a device's part, and the specs of its operands and results.
+    """Devices share groups, batch and heads.
 
     A device plans for its part itself, unless it has whole groups: the plan is then divided as they
     are.
     """
+    del devices
+    q, (k_cache, *_), metadata = config.split_operands(ctx.avals_in)
+    one_kv_head = k_cache.shape[-2] == 1
 
-    def part(*operands):
-        if specs.whole_groups:
-            return _decode(*operands, config=config)
-        q, rest, _ = config.split_operands(operands)
-        return _decode(*q, *rest, config=dataclasses.replace(config, planned=False))
+    def divide(specs):
+        *groups, batch, _, heads, _ = specs[0]
+        kv_heads = specs[len(q)][-2]
+        specs = partition.divide(groups, batch, heads if one_kv_head else kv_heads, kv_heads)
 
-    num_q, num_metadata = 2 if config.split_q else 1, 2 if config.planned else 0
-    rest = specs.k_cache, specs.block_table, specs.cache_seqlens
-    in_specs = (*[specs.q] * num_q, *rest, *[specs.metadata] * num_metadata)
-    return part, in_specs, (specs.out, specs.lse)
+        def part(*operands):
+            if specs.whole_groups:
+                return _decode(*operands, config=config)
+            q, rest, _ = config.split_operands(operands)
+            return _decode(*q, *rest, config=dataclasses.replace(config, planned=False))
+
+        rest = specs.k_cache, specs.block_table, specs.cache_seqlens
+        in_specs = (*[specs.q] * len(q), *rest, *[specs.metadata] * len(metadata))
+        return part, in_specs, (specs.out, specs.lse)
+
+    rule = partition.decode_rule(k_cache.ndim - 4, len(q), config.planned, one_kv_head)
+    return lower_on_mesh(ctx, operands, functools.partial(_decode, config=config), rule, divide)
 
 
 def _batcher(operands, dims, *, config, devices):

@@ -12,11 +12,9 @@ import numpy as np
 from jax_flashmla import arguments, native, partition, planner
 from jax_flashmla.primitive import (
     define_primitive,
-    divided_over_mesh,
     lower_as_jax,
-    may_be_partitioned,
+    lower_on_mesh,
     needs_devices,
-    partitioned,
     result_aval,
 )
 
@@ -106,23 +104,16 @@ def _plan(cache_seqlens, *, config):
 
 
 def _plan_lowering(ctx, cache_seqlens, *, config, devices):
-    """Every device plans for its groups."""
+    """Devices share groups."""
     del devices
-    (lengths,) = ctx.avals_in
-    fun = functools.partial(_plan, config=config)
-    if partition.is_sharded([lengths]):  # over explicit axes of a mesh
-        in_spec, *out_specs = partition.divide_plan(partition.spec_of(lengths)[:-1])
-        fun = divided_over_mesh(fun, lengths.sharding.mesh, (in_spec,), tuple(out_specs))
-    elif may_be_partitioned(ctx):
-        num_groups = lengths.ndim - 1
+    plan = functools.partial(_plan, config=config)
 
-        def divide(specs, whole=fun):
-            groups = (specs[0] + (None,) * num_groups)[:num_groups]
-            in_spec, *out_specs = partition.divide_plan(groups)
-            return whole, (in_spec,), out_specs
+    def divide(specs):
+        in_spec, *out_specs = partition.divide_plan(specs[0][:-1])
+        return plan, (in_spec,), tuple(out_specs)
 
-        fun = partitioned(fun, *partition.plan_rule(num_groups), divide)
-    return lower_as_jax(fun)(ctx, cache_seqlens)
+    rule = partition.plan_rule(ctx.avals_in[0].ndim - 1)
+    return lower_on_mesh(ctx, [cache_seqlens], plan, rule, divide)
 
 
 def _batcher(args, dims, *, config, devices):

@@ -19,6 +19,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jax_flashmla.partition import is_sharded, spec_of
+
 # A lowering rule: (LoweringRuleContext, *ir_values, config=...) -> sequence of ir values.
 LoweringRule = Callable[..., Sequence]
 
@@ -106,7 +108,7 @@ class _Devices(tuple):
 
 @functools.cache
 def needs_devices() -> tuple:
-    """A parameter that makes `jax.jit` tell lowerings its devices, as `partitioned` needs.
+    """A parameter that makes `jax.jit` tell lowerings its devices, as `lower_on_mesh` needs.
 
     jit looks for operations that need them, in jaxprs among the parameters too. This is the
     shortest jaxpr with one; nothing ever runs it.
@@ -115,22 +117,47 @@ def needs_devices() -> tuple:
     return _Devices([jax.make_jaxpr(ask)(jax.ShapeDtypeStruct((), np.float32))])
 
 
-def may_be_partitioned(ctx) -> bool:
-    """Whether the lowering is for several devices, whose shares XLA is still to choose."""
-    axis_types = ctx.avals_in[0].sharding.mesh.axis_types
-    several = getattr(ctx.module_context.axis_context, "num_devices", 1) > 1
-    return several and AxisType.Explicit not in axis_types
+def lower_on_mesh(ctx, operands, fun: Callable, rule: tuple[str, Sequence[str]], divide: Callable):
+    """Lowers `fun(*operands)`, shared between the devices if there are several.
 
-
-def partitioned(fun: Callable, rule: str, whole: Sequence[str], divide: Callable) -> Callable:
-    """`fun(*operands)`, whose shares on several devices XLA chooses.
+    On a mesh with explicit axes, by the shardings that are part of the operands' types, which the
+    abstract evaluation has checked; on others by those that XLA chooses. On one device, and in the
+    body of a `shard_map`, there is nothing to share.
 
     Args:
+      ctx: the lowering's context.
+      operands: of the lowering.
       fun: returns a tuple.
-      rule: Shardy's: which axes of operands and results belong together.
-      whole: the axes of the rule that no device has a part of.
-      divide: `(operand specs) -> (function of the parts, operand specs, result specs)`.
+      rule: Shardy's, which says what axes of operands and results belong together, and the axes of
+        it that stay whole.
+      divide: `(specs of the operands) -> (function of a device's parts, their specs, those of the
+        results)`; it may ask for other specs than it was given.
     """
+    avals = ctx.avals_in
+    mesh = avals[0].sharding.mesh
+    several = getattr(ctx.module_context.axis_context, "num_devices", 1) > 1
+    if is_sharded(avals):
+        fun = _over_explicit_axes(mesh, *divide([spec_of(aval) for aval in avals]))
+    elif several and AxisType.Explicit not in mesh.axis_types:
+        fun = _partitioned(fun, *rule, divide)
+    return lower_as_jax(fun)(ctx, *operands)
+
+
+def _over_explicit_axes(mesh, part, in_specs, out_specs):
+    """`part` on every device. Traced where operands have no shardings in their types."""
+    mesh = mesh.update_axis_types(dict.fromkeys(mesh.axis_names, AxisType.Auto))
+
+    def run(*operands):
+        with jax.sharding.use_abstract_mesh(mesh):
+            return jax.shard_map(
+                part, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+            )(*operands)
+
+    return run
+
+
+def _partitioned(fun, rule, whole, divide):
+    """`fun`, divided once XLA has chosen the shardings."""
 
     @custom_partitioning
     def function(*operands):
@@ -138,7 +165,7 @@ def partitioned(fun: Callable, rule: str, whole: Sequence[str], divide: Callable
 
     def partition(mesh, operands, results):
         del results
-        part, in_specs, out_specs = divide([tuple(x.sharding.spec) for x in operands])
+        part, in_specs, out_specs = divide([spec_of(operand) for operand in operands])
 
         def on_mesh(specs):
             return tuple(NamedSharding(mesh, spec) for spec in specs)
@@ -149,26 +176,6 @@ def partitioned(fun: Callable, rule: str, whole: Sequence[str], divide: Callable
         partition=partition, sharding_rule=rule, need_replication_factors=tuple(whole)
     )
     return function
-
-
-def divided_over_mesh(fun: Callable, mesh, in_specs, out_specs) -> Callable:
-    """`fun`, whose operands are sharded over explicit axes of `mesh`, on each device's part.
-
-    For `lower_as_jax`: only there do operands have no shardings in their types.
-    """
-    mesh = mesh.update_axis_types(dict.fromkeys(mesh.axis_names, AxisType.Auto))
-
-    def run(*operands, **params):
-        with jax.sharding.use_abstract_mesh(mesh):
-            return jax.shard_map(
-                functools.partial(fun, **params),
-                mesh=mesh,
-                in_specs=in_specs,
-                out_specs=out_specs,
-                check_vma=False,
-            )(*operands)
-
-    return run
 
 
 @functools.partial(jax.jit, static_argnames=("primitive", "params"))

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_flashmla import append_kv_cache, flash_mla_with_kvcache, get_mla_metadata
 from tests import oracle, problems
-from tests.meshes import MeshTest, collectives, make_mesh
+from tests.meshes import MeshTest, collectives, make_mesh, put
 
 
 @functools.partial(jax.jit, static_argnames=("planned", "pair"))
@@ -56,9 +56,7 @@ class ShardMapTest(MeshTest):
     def test_data_parallel_pools(self):
         # Group axes sharded over the devices: each has a pool of its own, with local page ids.
         mesh = make_mesh((8,), ("data",))
-        parts = [
-            problems.make_problem(self.rng, self.rng.permutation([3, 0, 300, 64])) for _ in range(8)
-        ]
+        parts = self.draw_pools(8)
         grouped = problems.stack(parts)
         new_kv = self.rng.standard_normal((8, 4, 1, 1, 576)).astype(jnp.bfloat16)
 
@@ -105,10 +103,7 @@ class AutomaticTest(MeshTest):
         self.mesh = make_mesh((2, 4), ("data", "model"))
 
     def check(self, arrays, specs, want, planned=True, pair=False):
-        operands = [
-            jax.device_put(x, jax.NamedSharding(self.mesh, P(*spec)))
-            for x, spec in zip(arrays, specs, strict=True)
-        ]
+        operands = put(self.mesh, arrays, specs)
         compiled = plan_and_decode.lower(*operands, planned=planned, pair=pair).compile()
         self.assertEqual(collectives(compiled), [])
         got = plan_and_decode(*operands, planned=planned, pair=pair)
@@ -134,9 +129,7 @@ class AutomaticTest(MeshTest):
 
     @parameterized.parameters(False, True)
     def test_groups(self, planned):
-        parts = [
-            problems.make_problem(self.rng, self.rng.permutation([3, 0, 300, 64])) for _ in range(4)
-        ]
+        parts = self.draw_pools(4)
         wants = zip(*(oracle.decode(*part.arrays) for part in parts), strict=True)
         want = [np.stack(x) for x in wants]
         self.check(problems.stack(parts).arrays, [("model",)] * 4, want, planned)
@@ -144,10 +137,7 @@ class AutomaticTest(MeshTest):
     def test_inside_scan_with_a_donated_carry(self):
         problem = problems.make_problem(self.rng, [3, 0, 200, 64])
         specs = (("data", None, "model"), (), ("data",), ("data",))
-        operands = [
-            jax.device_put(x, jax.NamedSharding(self.mesh, P(*spec)))
-            for x, spec in zip(problem.arrays, specs, strict=True)
-        ]
+        operands = put(self.mesh, problem.arrays, specs)
 
         @functools.partial(jax.jit, donate_argnums=0)
         def layers(q, *rest):
@@ -164,10 +154,7 @@ class AutomaticTest(MeshTest):
     def test_vmap(self):
         problem = problems.make_problem(self.rng, [3, 0, 200, 64], s_q=2)
         specs = (("data", None, "model"), (), ("data",), ("data",))
-        q, *rest = (
-            jax.device_put(x, jax.NamedSharding(self.mesh, P(*spec)))
-            for x, spec in zip(problem.arrays, specs, strict=True)
-        )
+        q, *rest = put(self.mesh, problem.arrays, specs)
         out, lse = jax.jit(jax.vmap(flash_mla_with_kvcache, in_axes=(0, *[None] * 3)))(
             jnp.stack([q, -q]), *rest
         )
@@ -199,10 +186,6 @@ class ExplicitTest(MeshTest):
         super().setUp()
         self.mesh = make_mesh((2, 4), ("data", "model"), AxisType.Explicit)
 
-    def put(self, arrays, specs):
-        pairs = zip(arrays, specs, strict=True)
-        return [jax.device_put(x, jax.NamedSharding(self.mesh, P(*spec))) for x, spec in pairs]
-
     @parameterized.product(
         spec=(
             ("data", "model"),
@@ -217,7 +200,7 @@ class ExplicitTest(MeshTest):
         batch, heads = spec
         problem = problems.make_problem(self.rng, self.rng.integers(0, 400, 8), s_q=2)
         specs = (batch, None, heads), (), (batch,), (batch,)
-        operands = self.put(problem.arrays, specs)
+        operands = put(self.mesh, problem.arrays, specs)
         with jax.set_mesh(self.mesh):
             compiled = plan_and_decode.lower(*operands, planned=planned, pair=pair).compile()
             got = plan_and_decode(*operands, planned=planned, pair=pair)
@@ -228,7 +211,7 @@ class ExplicitTest(MeshTest):
 
     def test_table_and_lengths_may_be_whole(self):
         problem = problems.make_problem(self.rng, [3, 0, 200, 64])
-        operands = self.put(problem.arrays, (("data",), (), (), ()))
+        operands = put(self.mesh, problem.arrays, (("data",), (), (), ()))
         with jax.set_mesh(self.mesh):
             compiled = plan_and_decode.lower(*operands, planned=True, pair=False).compile()
             got = plan_and_decode(*operands, planned=True, pair=False)
@@ -238,7 +221,7 @@ class ExplicitTest(MeshTest):
     def test_kv_heads_with_their_query_heads(self):
         problem = problems.make_problem(self.rng, [3, 0, 200, 64], h_kv=4)
         specs = ("data", None, "model"), (None, None, "model"), ("data",), ("data",)
-        operands = self.put(problem.arrays, specs)
+        operands = put(self.mesh, problem.arrays, specs)
         with jax.set_mesh(self.mesh):
             compiled = plan_and_decode.lower(*operands, planned=False, pair=False).compile()
             got = plan_and_decode(*operands, planned=False, pair=False)
@@ -247,10 +230,8 @@ class ExplicitTest(MeshTest):
 
     @parameterized.parameters(False, True)
     def test_groups(self, planned):
-        parts = [
-            problems.make_problem(self.rng, self.rng.permutation([3, 0, 300, 64])) for _ in range(4)
-        ]
-        operands = self.put(problems.stack(parts).arrays, [("model",)] * 4)
+        parts = self.draw_pools(4)
+        operands = put(self.mesh, problems.stack(parts).arrays, [("model",)] * 4)
         with jax.set_mesh(self.mesh):
             compiled = plan_and_decode.lower(*operands, planned=planned, pair=False).compile()
             got = plan_and_decode(*operands, planned=planned, pair=False)
@@ -260,7 +241,9 @@ class ExplicitTest(MeshTest):
 
     def test_inside_scan(self):
         problem = problems.make_problem(self.rng, [3, 0, 200, 64])
-        operands = self.put(problem.arrays, (("data", None, "model"), (), ("data",), ("data",)))
+        operands = put(
+            self.mesh, problem.arrays, (("data", None, "model"), (), ("data",), ("data",))
+        )
 
         @jax.jit
         def layers(q, *rest):
@@ -281,7 +264,7 @@ class ExplicitTest(MeshTest):
         pytest.importorskip("flatbuffers", reason="jax.export serialises with flatbuffers")
         problem = problems.make_problem(self.rng, [3, 0, 200, 64])
         specs = ("data", None, "model"), (), ("data",), ("data",)
-        operands = self.put(problem.arrays, specs)
+        operands = put(self.mesh, problem.arrays, specs)
         with jax.set_mesh(self.mesh):
             exported = jax.export.export(jax.jit(flash_mla_with_kvcache))(*operands)
             got = jax.export.deserialize(exported.serialize()).call(*operands)
@@ -301,13 +284,13 @@ class ExplicitTest(MeshTest):
         specs = [("data",), (), ("data",), ("data",)]
         specs[index] = spec
         arrays = problem.q, k_cache, *problem.arrays[2:]
-        operands = self.put(arrays, specs)
+        operands = put(self.mesh, arrays, specs)
         with jax.set_mesh(self.mesh), self.assertRaisesRegex(ValueError, message):
             jax.jit(flash_mla_with_kvcache)(*operands)
 
     def test_heads_of_several_kv_heads(self):
         problem = problems.make_problem(self.rng, [3, 0, 200, 64], h_kv=2)
-        operands = self.put(problem.arrays, ((None, None, "data"), (), (), ()))
+        operands = put(self.mesh, problem.arrays, ((None, None, "data"), (), (), ()))
         with (
             jax.set_mesh(self.mesh),
             self.assertRaisesRegex(ValueError, "k_cache: expected h_kv sharded as q's h_q"),
@@ -321,13 +304,10 @@ class AppendTest(MeshTest):
     @parameterized.parameters(AxisType.Auto, AxisType.Explicit)
     def test_data_parallel_pools(self, axis_type):
         mesh = make_mesh((8,), ("data",), axis_type)
-        parts = [
-            problems.make_problem(self.rng, self.rng.permutation([3, 0, 300, 64])) for _ in range(8)
-        ]
+        parts = self.draw_pools(8)
         grouped = problems.stack(parts)
         new_kv = self.rng.standard_normal((8, 4, 1, 1, 576)).astype(jnp.bfloat16)
-        sharding = jax.NamedSharding(mesh, P("data"))
-        operands = [jax.device_put(x, sharding) for x in (*grouped.arrays, new_kv)]
+        operands = put(mesh, (*grouped.arrays, new_kv), [("data",)] * 5)
 
         @functools.partial(jax.jit, donate_argnums=1)
         def step(q, k_cache, table, lengths, new_kv):
@@ -357,10 +337,7 @@ class AppendTest(MeshTest):
         new_kv = self.rng.standard_normal((4, 2, 4, 576)).astype(jnp.bfloat16)
         specs = P(None, None, "model"), P(None, None, "model"), P(), P()
         arrays = problem.k_cache, new_kv, problem.block_table, problem.cache_seqlens
-        operands = [
-            jax.device_put(x, jax.NamedSharding(mesh, spec))
-            for x, spec in zip(arrays, specs, strict=True)
-        ]
+        operands = put(mesh, arrays, specs)
         with jax.set_mesh(mesh):
             append = jax.jit(append_kv_cache)
             self.assertEqual(collectives(append.lower(*operands).compile()), [])
