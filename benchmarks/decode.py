@@ -7,10 +7,7 @@ through XLA. The chip's ceilings are measured in the same run, since they drift 
 Needs a Hopper GPU and the native module.
 """
 
-import argparse
 import json
-import pathlib
-import sys
 import time
 
 import jax
@@ -19,16 +16,14 @@ import numpy as np
 
 from benchmarks import report
 from benchmarks.xla_decode import SCALE, make_operands, plain_decode
-from jax_flashmla import flash_mla_with_kvcache, get_mla_metadata, native
+from jax_flashmla import flash_mla_with_kvcache, get_mla_metadata, native, planner
 
-PEERS = pathlib.Path(__file__).parent / "peers_h200.json"
 ROUNDS = 3
 REPLAYS = 8
 GRAPH_MICROSECONDS = 10_000  # about as long as one graph should run
 MATMUL = 8192
 READ_BYTES = 8 * 2**30
 FULL_BATCH = 32  # from here on, the chip's ceilings bound the shapes, and not latency
-ROW_TILE = 64  # query rows of a thread block
 # The plain version gathers the whole cache; above this it is not worth the memory.
 PLAIN_BYTES = 8 * 2**30
 
@@ -118,7 +113,7 @@ def measure(peer):
     metadata = get_mla_metadata(operands[3], s_q * heads, 1)
     check(operands, metadata)
     launches = int(np.clip(GRAPH_MICROSECONDS / peer["decode_us"], 4, 200))
-    kinds = ["split", "combine", "decode"] + ["floor"] * (s_q * heads <= ROW_TILE)
+    kinds = ["split", "combine", "decode"] + ["floor"] * (s_q * heads <= planner.ROWS_PER_TILE)
     samples = {kind: [] for kind in kinds}
     for _ in range(ROUNDS):
         for kind in kinds:
@@ -148,20 +143,15 @@ def add_normalised_ratios(rows, ceilings, peer_ceilings):
     for row in rows:
         scale = 1.0
         if row["batch"] >= FULL_BATCH:
-            few_rows = row["s_q"] * row["heads"] <= ROW_TILE
+            few_rows = row["s_q"] * row["heads"] <= planner.ROWS_PER_TILE
             scale = read / peer_read if few_rows else matmul / peer_matmul
         row["over_flashmla_normalised"] = round(float(row["over_flashmla"] * scale), 3)
 
 
 def main():
     """Measures, prints, writes decode.json."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", help="directory of the JSON (default: benchmarks/results)")
-    args = parser.parse_args()
-    reason = native.why_no_kernel("decode")
-    if reason is not None:
-        sys.exit(f"benchmarks.decode times the CUDA kernel, and there is none here: {reason}.")
-    peers = json.loads(PEERS.read_text())
+    directory = report.output_directory(__spec__.name, __doc__, "decode")
+    peers = json.loads(report.PEERS.read_text())
     before = measure_ceilings()
     rows = [measure(peer) for peer in peers["rows"]]
     ceilings = {"before": before, "after": measure_ceilings()}
@@ -176,7 +166,7 @@ def main():
         f"of pipelined calls. ceilings: a bfloat16 product of {MATMUL}^3, a sum of "
         f"{READ_BYTES / 2**30:.0f} GiB of float32."
     )
-    report.write("decode", what, rows, args.out, ceilings=ceilings)
+    report.write("decode", what, rows, directory, ceilings=ceilings)
     print(f"ceilings: {ceilings}")
     columns = {
         "batch": "batch",

@@ -5,11 +5,9 @@ layer is compared with the kernels' own in a CUDA graph, and a profile of one ru
 launched the program as command buffers (CUDA graphs). Needs a Hopper GPU and the native module.
 """
 
-import argparse
 import collections
 import functools
 import pathlib
-import sys
 import tempfile
 
 import jax
@@ -18,7 +16,7 @@ import jax.numpy as jnp
 from benchmarks import report
 from benchmarks.decode import time_kernels, time_wall
 from benchmarks.xla_decode import make_operands
-from jax_flashmla import flash_mla_with_kvcache, get_mla_metadata, native
+from jax_flashmla import flash_mla_with_kvcache, get_mla_metadata
 
 LAYERS = 61  # DeepSeek-V3's
 CASES = [(1, 16, 4096), (8, 16, 4096), (32, 16, 4096), (128, 16, 4096), (32, 128, 4096)]
@@ -75,19 +73,14 @@ def measure(batch, heads, tokens):
 
 def main():
     """Measures, prints, writes layers.json."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", help="directory of the JSON (default: benchmarks/results)")
-    args = parser.parse_args()
-    reason = native.why_no_kernel("decode")
-    if reason is not None:
-        sys.exit(f"benchmarks.layers times the CUDA kernel, and there is none here: {reason}.")
+    directory = report.output_directory(__spec__.name, __doc__, "decode")
     rows = [measure(*case) for case in CASES]
     what = (
         f"One jitted program that decodes {LAYERS} layers with one plan: layer_us is its wall time "
         "per layer, with several calls in flight; kernel_us the decode alone in a CUDA graph. "
         "launches: the driver's launch calls in a profile of one run of the program."
     )
-    report.write("layers", what, rows, args.out)
+    report.write("layers", what, rows, directory)
     report.print_table(
         f"{LAYERS} layers in one program, µs per layer",
         ["batch", "heads", "tokens", "in the program", "kernels alone", "added", "launches"],

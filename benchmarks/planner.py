@@ -5,8 +5,6 @@ graph) and as JAX users run it (many calls in one jitted program, wall time per 
 implementations). Needs a Hopper GPU and the native module.
 """
 
-import argparse
-import sys
 import time
 
 import jax
@@ -78,12 +76,7 @@ def time_program(program, lengths, repeats=10):
 
 def main():
     """Measures, prints, writes planner.json."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", help="directory of the JSON (default: benchmarks/results)")
-    args = parser.parse_args()
-    reason = native.why_no_kernel("plan")
-    if reason is not None:
-        sys.exit(f"benchmarks.planner times the CUDA kernel, and there is none here: {reason}.")
+    directory = report.output_directory(__spec__.name, __doc__, "plan")
 
     num_sms = jax.devices()[0].core_count
     rng = np.random.default_rng(0)
@@ -116,7 +109,7 @@ def main():
         "in one jitted program, each dependent on the one before through a reduction of its plan; "
         "launch of the program and reductions included. Bits checked equal first."
     )
-    report.write("planner", what, rows, args.out)
+    report.write("planner", what, rows, directory)
     report.print_table(
         "get_mla_metadata, µs",
         ["batch", "kernel in a CUDA graph", "p10-p90", "in a program, cuda", "in a program, xla"],

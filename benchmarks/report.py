@@ -1,5 +1,6 @@
 """What every benchmark records: the machine, the versions, the commit, the raw samples."""
 
+import argparse
 import datetime
 import json
 import os
@@ -7,6 +8,7 @@ import pathlib
 import platform
 import re
 import subprocess
+import sys
 
 import jax
 import jaxlib
@@ -18,6 +20,21 @@ import jax_flashmla
 from jax_flashmla import native
 
 RESULTS = pathlib.Path(__file__).parent / "results"
+PEERS = pathlib.Path(__file__).parent / "peers_h200.json"
+
+
+def output_directory(name: str, description: str, operation: str) -> str | None:
+    """Parses the command line of benchmark `name`: where its JSON goes.
+
+    Leaves with a sentence where `operation` has no CUDA kernel to time.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", help="directory of the JSON (default: benchmarks/results)")
+    directory = parser.parse_args().out
+    reason = native.why_no_kernel(operation)
+    if reason is not None:
+        sys.exit(f"{name} times the CUDA kernel, and there is none here: {reason}.")
+    return directory
 
 
 def environment() -> dict:

@@ -8,7 +8,6 @@ import sys
 
 from benchmarks import report
 
-PEERS = pathlib.Path(__file__).parent / "peers_h200.json"
 README = pathlib.Path(__file__).parent.parent / "README.md"
 MARKED = r"(<!-- table:{name}: made by `make tables` -->\n).*?(<!-- end -->)"
 
@@ -100,7 +99,7 @@ def decode():
         f"{ceiling['matmul_tflops']:.0f} TFLOP/s in a large matrix product."
         for when, ceiling in record["ceilings"].items()
     )
-    peers = json.loads(PEERS.read_text())["ceilings_same_run"]
+    peers = json.loads(report.PEERS.read_text())["ceilings_same_run"]
     read, matmul = (" to ".join(f"{x:,}" for x in values) for values in peers.values())
     theirs = f"\nCeilings of the peers' run: {read} GB/s, {matmul} TFLOP/s.\n"
     return markdown_table(columns, rows) + "".join(ceilings) + theirs + source("decode")
