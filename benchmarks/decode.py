@@ -7,7 +7,9 @@ through XLA. The chip's ceilings are measured in the same run, since they drift 
 Needs a Hopper GPU and the native module.
 """
 
+import functools
 import json
+import math
 import time
 
 import jax
@@ -23,6 +25,7 @@ REPLAYS = 8
 GRAPH_MICROSECONDS = 10_000  # about as long as one graph should run
 MATMUL = 8192
 READ_BYTES = 8 * 2**30
+HOT_CALLS = 100  # of the product, between samples: 0.15 s
 FULL_BATCH = 32  # from here on, the chip's ceilings bound the shapes, and not latency
 # The plain version gathers the whole cache; above this it is not worth the memory.
 PLAIN_BYTES = 8 * 2**30
@@ -48,13 +51,16 @@ def check(operands, metadata):
 
 
 def time_kernels(operands, metadata, what, launches):
-    """Microseconds per launch of "decode", "split", "combine" or "floor", a sample per replay."""
+    """Microseconds per launch of "decode", "split", "combine" or "floor", a sample per replay.
+
+    `q` may have a leading axis: launches then take queries, and outputs, in turn.
+    """
     q, k_cache, table, _ = operands
-    batch, s_q, heads, _ = q.shape
+    *copies, batch, s_q, heads, _ = q.shape
     parts = metadata.tile_scheduler_metadata.shape[0]
     slots = batch + parts
     results = (
-        jnp.zeros((batch, s_q, heads, 512), jnp.bfloat16),
+        jnp.zeros((*copies, batch, s_q, heads, 512), jnp.bfloat16),
         jnp.zeros((batch, heads, s_q)),
         jnp.zeros((slots, 1, s_q * heads, 512)),
         jnp.zeros((slots, 1, s_q * heads)),
@@ -74,6 +80,7 @@ def time_kernels(operands, metadata, what, launches):
         what=what,
         launches=launches,
         replays=REPLAYS,
+        copies=math.prod(copies),
     )
 
 
@@ -87,11 +94,17 @@ def time_wall(fun, *args, calls):
     return (time.perf_counter() - begin) / calls * 1e6
 
 
-def measure_matmul():
-    """TFLOP/s of a large bfloat16 product on random data: the run's ceiling."""
+@functools.cache
+def large_product():
+    """A compiled product of large bfloat16 matrices, and its operand."""
     x = jax.random.normal(jax.random.key(0), (MATMUL, MATMUL), jnp.bfloat16)
-    product = jax.jit(jnp.matmul).lower(x, x).compile()
-    return 2 * MATMUL**3 / time_wall(product, x, x, calls=20) / 1e6
+    return jax.jit(jnp.matmul).lower(x, x).compile(), x
+
+
+def measure_matmul(calls=20):
+    """TFLOP/s of a large bfloat16 product on random data: the ceiling at this temperature."""
+    product, x = large_product()
+    return 2 * MATMUL**3 / time_wall(product, x, x, calls=calls) / 1e6
 
 
 def measure_read():
@@ -106,6 +119,11 @@ def measure_ceilings():
     return {"matmul_tflops": round(measure_matmul(), 1), "read_gb_per_s": round(measure_read(), 1)}
 
 
+def bounded_by_products(batch, s_q, heads):
+    """Whether the chip's tensor cores, and so its power, bound a shape."""
+    return batch >= FULL_BATCH and s_q * heads > planner.ROWS_PER_TILE
+
+
 def measure(peer):
     """Returns a row of the report."""
     batch, s_q, heads, length = (peer[key] for key in ("b", "s_q", "h_q", "s_k"))
@@ -114,12 +132,16 @@ def measure(peer):
     check(operands, metadata)
     launches = int(np.clip(GRAPH_MICROSECONDS / peer["decode_us"], 4, 200))
     kinds = ["split", "combine", "decode"] + ["floor"] * (s_q * heads <= planner.ROWS_PER_TILE)
-    samples = {kind: [] for kind in kinds}
+    samples, matmul = {kind: [] for kind in kinds}, []
     for _ in range(ROUNDS):
         for kind in kinds:
             samples[kind] += time_kernels(operands, metadata, kind, launches)
+        if bounded_by_products(batch, s_q, heads):
+            matmul.append(measure_matmul(HOT_CALLS))
     row = {"batch": batch, "s_q": s_q, "heads": heads, "tokens": length}
     row |= {f"{name}_us": report.summary(values) for name, values in samples.items()}
+    if matmul:
+        row["hot_matmul_tflops"] = report.summary(matmul)
     decode_us = row["decode_us"]["median"]
     row["tflops"] = round(2 * s_q * heads * batch * length * 1088 / decode_us / 1e6, 1)
     row["gb_per_s"] = round(batch * length * 1152 / decode_us / 1e3, 1)
@@ -135,16 +157,20 @@ def measure(peer):
 
 
 def add_normalised_ratios(rows, ceilings, peer_ceilings):
-    """Adds the ratios to FlashMLA's times as if both runs had had the same ceilings."""
-    peer_matmul = np.mean(peer_ceilings["matmul_bf16_8192_tflops_before_and_after"])
+    """Adds the ratios to FlashMLA's times as if both runs had had the same ceilings.
+
+    The product that is compared is that of a chip under load, in both runs: theirs after the rows,
+    ours between the samples of a row.
+    """
+    peer_matmul = peer_ceilings["matmul_bf16_8192_tflops_before_and_after"][1]
     peer_read = np.mean(peer_ceilings["hbm_read_gb_per_s"])
-    matmul = np.mean([ceiling["matmul_tflops"] for ceiling in ceilings.values()])
     read = np.mean([ceiling["read_gb_per_s"] for ceiling in ceilings.values()])
     for row in rows:
         scale = 1.0
-        if row["batch"] >= FULL_BATCH:
-            few_rows = row["s_q"] * row["heads"] <= planner.ROWS_PER_TILE
-            scale = read / peer_read if few_rows else matmul / peer_matmul
+        if "hot_matmul_tflops" in row:
+            scale = row["hot_matmul_tflops"]["median"] / peer_matmul
+        elif row["batch"] >= FULL_BATCH:
+            scale = read / peer_read
         row["over_flashmla_normalised"] = round(float(row["over_flashmla"] * scale), 3)
 
 
@@ -161,8 +187,9 @@ def main():
         "combine_us the combine kernel, decode_us both, floor_us the loads of the split kernel "
         "alone, in a CUDA graph; checked against float32 first. flashmla_us and fa3_us: from "
         "peers_h200.json, another run on the same kind of chip; over_flashmla_normalised: the "
-        "ratio after scaling each time by its run's ceiling (matrix product above 64 query rows, "
-        "else reading), where the batch fills the chip. plain_xla_us: gather + einsum, wall time "
+        "ratio after scaling each time by its run's ceiling, where the batch fills the chip: above "
+        "64 query rows the matrix product of a chip under load (hot_matmul_tflops, between a row's "
+        "samples; theirs after their rows), else reading. plain_xla_us: gather + einsum, wall time "
         f"of pipelined calls. ceilings: a bfloat16 product of {MATMUL}^3, a sum of "
         f"{READ_BYTES / 2**30:.0f} GiB of float32."
     )
@@ -182,6 +209,7 @@ def main():
         "FlashMLA": "flashmla_us",
         "FA3": "fa3_us",
         "plain XLA": "plain_xla_us",
+        "hot TFLOP/s": "hot_matmul_tflops",
         "/ FlashMLA": "over_flashmla",
         "normalised": "over_flashmla_normalised",
     }

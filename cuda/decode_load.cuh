@@ -1,84 +1,96 @@
-// The loader warp of the split kernel: queries and keys, by the copy engine.
+// The loader of the split kernel: queries and keys, by the copy engine. One thread each, since the
+// issue of a copy by several lanes of a warp is slow.
 #pragma once
 
 #include "cuda/decode_shared.cuh"
-#include "cuda/tensor_map.h"
 
 namespace jax_flashmla {
 
-// The CTAs of a cluster work on the same keys. Each loads its share of a block's tiles, for all.
+// Copies a box of keys that begins with tile `tile`, into every CTA of the cluster: they work on
+// the same keys.
 template <int kCtas>
-__device__ __forceinline__ void load_tile(const CUtensorMap* map, const FullBarrier& barrier,
-                                          void* target, int tile, int head, int page, int group) {
+__device__ __forceinline__ void load_box(const CUtensorMap* map, FullBarrier& barrier, void* target,
+                                         int tile, int head, int page) {
   constexpr auto kHint = static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_FIRST);
-  auto* const full = reinterpret_cast<uint64_t*>(const_cast<FullBarrier*>(&barrier));
+  auto* const full = reinterpret_cast<uint64_t*>(&barrier);
   if constexpr (kCtas == 1) {
-    SM90_TMA_LOAD_5D::copy(map, full, kHint, target, tile * 64, 0, head, page, group);
+    SM90_TMA_LOAD_5D::copy(map, full, kHint, target, 0, 0, tile, head, page);
   } else {
-    SM90_TMA_LOAD_MULTICAST_5D::copy(map, full, (1 << kCtas) - 1, kHint, target, tile * 64, 0, head,
-                                     page, group);
+    SM90_TMA_LOAD_MULTICAST_5D::copy(map, full, (1 << kCtas) - 1, kHint, target, 0, 0, tile, head,
+                                     page);
   }
 }
 
-// One lane per tile issues the copies of a row tile's queries: boxes of rows that are neighbours in
-// memory. The left half goes into the ring of halves.
+// Block `block` of a sequence as a page of all groups' pages; -1: a page that does not exist.
+__device__ __forceinline__ int find_page(const DecodeParams& p, const Work& work, int seq,
+                                         int block) {
+  const int64_t group_seq = static_cast<int64_t>(work.group) * p.batch + seq;
+  const int page = p.block_table[group_seq * p.max_blocks + block];
+  return page < 0 || page >= p.num_blocks ? -1 : work.group * p.num_blocks + page;
+}
+
+// One thread copies the queries of every item, in boxes of rows that are neighbours in memory. The
+// left half goes into the ring of halves.
 template <typename Element>
-__device__ void load_queries(const DecodeParams& p, const TensorMaps& maps,
-                             SharedMemory<Element>& smem, const Work& work, int seq,
-                             const Ring<kHalfSlots>& half, uint32_t q_parity, int lane) {
+__device__ __forceinline__ void load_queries(const DecodeParams& p, const TensorMaps& maps,
+                                             SharedMemory<Element>& smem) {
   constexpr auto kHint = static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_NORMAL);
+  const Work& work = smem.work;
   const int box = maps.q_box_rows;
   const int boxes = (min(p.num_rows() - work.tile * kRowTile, kRowTile) + box - 1) / box;
-  const auto load = [&](FullBarrier& barrier, Element* target, int tile) {
-    const CUtensorMap* map = tile == kRopeTile ? &maps.q_rope : &maps.q_nope;
-    const int column = tile == kRopeTile ? 0 : tile * 64;
-#pragma unroll 1
-    for (int i = 0; i < boxes; ++i) {
-      const int64_t row = query_index(p, work, seq, work.tile * kRowTile + i * box);
-      SM90_TMA_LOAD_2D::copy(map, reinterpret_cast<uint64_t*>(&barrier), kHint,
-                             target + i * box * 64, column, static_cast<int32_t>(row));
-    }
-  };
   const int tile_bytes = boxes * box * 128;
-#pragma unroll
-  for (int part = 0; part < kParts; ++part) {
-    smem.half_empty[half.slot][part].wait(half.parity ^ 1);
+  Ring<kHalfSlots> half;
+  uint32_t q_parity = 0;
+#pragma unroll 1
+  for (int seq = work.begin_seq; has_item(work, seq); ++seq) {
+    const Item item = find_item(p, work, seq);
+    if (item.blocks() == 0) continue;
+    // First, since a parity tells only whether a ring's slot is one turn ahead: now it is no more.
+    smem.q_empty.wait(q_parity ^ 1);
+#pragma unroll 1
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const bool left = tile < kHalfTiles;
+      const int part = tile / kPartTiles;
+      FullBarrier& barrier = left ? smem.half_full[half.slot][part] : smem.q_full;
+      if (left && tile % kPartTiles == 0) {
+        smem.half_empty[half.slot][part].wait(half.parity ^ 1);
+        barrier.arrive_and_expect_tx(kPartTiles * tile_bytes);
+      } else if (tile == kHalfTiles) {
+        barrier.arrive_and_expect_tx((kTiles - kHalfTiles) * tile_bytes);
+      }
+      Element* const target = left ? smem.halves[half.slot][tile] : smem.q[tile - kHalfTiles];
+      const CUtensorMap* const map = tile == kRopeTile ? &maps.q_rope : &maps.q_nope;
+      const int column = tile == kRopeTile ? 0 : tile * 64;
+#pragma unroll 1
+      for (int i = 0; i < boxes; ++i) {
+        const int64_t row = query_index(p, work, seq, work.tile * kRowTile + i * box);
+        SM90_TMA_LOAD_2D::copy(map, reinterpret_cast<uint64_t*>(&barrier), kHint,
+                               target + i * box * 64, column, static_cast<int32_t>(row));
+      }
+    }
+    half.advance(1 + 2 * item.blocks());
+    q_parity ^= 1;
   }
-  if (lane < kHalfTiles) {
-    FullBarrier& barrier = smem.half_full[half.slot][lane];
-    barrier.arrive_and_expect_tx(tile_bytes);
-    load(barrier, smem.halves[half.slot][lane], lane);
-  }
-  smem.q_empty.wait(q_parity ^ 1);
-  if (lane == 0) smem.q_full.arrive_and_expect_tx((kTiles - kHalfTiles) * tile_bytes);
-  __syncwarp();
-  if (lane < kTiles - kHalfTiles) load(smem.q_full, smem.q[lane], kHalfTiles + lane);
-  __syncwarp();
 }
 
-// One warp: walks the same items and blocks as the others, in order.
+// Another thread copies the keys of every item, in the order of their use. Each CTA of a cluster
+// copies its share.
 template <int kCtas, typename Element>
-__device__ void run_loader(const DecodeParams& p, const TensorMaps& maps,
-                           SharedMemory<Element>& smem, int lane) {
+__device__ __forceinline__ void load_keys(const DecodeParams& p, const TensorMaps& maps,
+                                          SharedMemory<Element>& smem) {
   const Work& work = smem.work;
-  // Whether this CTA loads a tile with this number for its cluster.
-  const auto loads = [&](int number) { return kCtas == 1 || (number + work.tile) % kCtas == 0; };
+  const auto is_mine = [&](int number) { return kCtas == 1 || (number + work.tile) % kCtas == 0; };
   Ring<kHalfSlots> half;
   Ring<kRopeSlots> rope;
-  uint32_t q_parity = 0;
-  const auto load_half = [&](int page, int first_tile) {
+  const auto load_half = [&](int first_tile, int page) {
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       smem.half_empty[half.slot][part].wait(half.parity ^ 1);
-      if (lane / kPartTiles == part) {
-        FullBarrier& barrier = smem.half_full[half.slot][lane];
-        barrier.arrive_and_expect_tx(kTileBytes);
-        if (loads(lane)) {
-          load_tile<kCtas>(&maps.keys, barrier, smem.halves[half.slot][lane], first_tile + lane,
-                           work.head, page, work.group);
-        }
-      }
-      __syncwarp();
+      FullBarrier& barrier = smem.half_full[half.slot][part];
+      barrier.arrive_and_expect_tx(kPartTiles * kTileBytes);
+      if (!is_mine(part)) continue;
+      load_box<kCtas>(&maps.keys, barrier, smem.halves[half.slot][part * kPartTiles],
+                      first_tile + part * kPartTiles, work.head, page);
     }
     half.advance();
   };
@@ -86,32 +98,21 @@ __device__ void run_loader(const DecodeParams& p, const TensorMaps& maps,
   for (int seq = work.begin_seq; has_item(work, seq); ++seq) {
     const Item item = find_item(p, work, seq);
     if (item.blocks() == 0) continue;
-    const int32_t* table =
-        p.block_table + (static_cast<int64_t>(work.group) * p.batch + seq) * p.max_blocks;
-    const auto load_pages = [&](int first) {
-      return first + lane < item.last ? table[first + lane] : 0;
-    };
-    int pages = load_pages(item.first);  // of 32 blocks, one in each lane
-    load_queries(p, maps, smem, work, seq, half, q_parity, lane);
-    half.advance();
-    q_parity ^= 1;
+    half.advance();  // the queries
+    int page = find_page(p, work, seq, item.first);
 #pragma unroll 1
-    for (int i = 0; i < item.blocks(); ++i) {
-      if (i > 0 && i % 32 == 0) pages = load_pages(item.first + i);
-      const int page = __shfl_sync(0xffffffffu, pages, i % 32);
-      load_half(page, 0);
-      load_half(page, kHalfTiles);
+    for (int block = item.first; block < item.last; ++block) {
+      const int next = block + 1 < item.last ? find_page(p, work, seq, block + 1) : 0;
+      load_half(0, page);
       smem.rope_empty[rope.slot].wait(rope.parity ^ 1);
-      if (lane == 0) {
-        FullBarrier& barrier = smem.rope_full[rope.slot];
-        barrier.arrive_and_expect_tx(kTileBytes);
-        if (loads(i)) {
-          load_tile<kCtas>(&maps.keys, barrier, smem.rope[rope.slot], kRopeTile, work.head, page,
-                           work.group);
-        }
+      FullBarrier& barrier = smem.rope_full[rope.slot];
+      barrier.arrive_and_expect_tx(kTileBytes);
+      if (is_mine(block)) {
+        load_box<kCtas>(&maps.rope_keys, barrier, smem.rope[rope.slot], kRopeTile, work.head, page);
       }
-      __syncwarp();
       rope.advance();
+      load_half(kHalfTiles, page);
+      page = next;
     }
   }
 }

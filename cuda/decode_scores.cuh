@@ -54,49 +54,51 @@ __device__ __forceinline__ auto read_queries(Element (&tiles)[kHalfTiles][kTileE
   return q;
 }
 
-// Issues S = Q K^T, tile by tile as they land.
+// Issues S = Q K^T for the left half of the columns, part by part as they land: queries from
+// registers.
 template <typename Element, typename Queries, typename Scores>
-__device__ __forceinline__ void issue_scores(SharedMemory<Element>& smem, const Queries& q_left,
-                                             Ring<kHalfSlots>& half, const Ring<kRopeSlots>& rope,
-                                             int thread, Scores& scores) {
-  RegisterScoresMma<Element> left_mma;
-  SharedScoresMma<Element> right_mma;
-  const auto slice = right_mma.get_slice(thread);
-  const auto keys = [&](Element* tile) {
-    return slice.partition_fragment_B(make_tensor(make_smem_ptr(tile), TileLayout<Element>{}));
-  };
-  const auto queries = [&](Element* tile) {
-    return slice.partition_fragment_A(make_tensor(make_smem_ptr(tile), TileLayout<Element>{}));
-  };
+__device__ __forceinline__ void issue_left(SharedMemory<Element>& smem, const Queries& q_left,
+                                           Ring<kHalfSlots>& half, int thread, Scores& scores) {
+  RegisterScoresMma<Element> mma;
+  const auto slice = mma.get_slice(thread);
   warpgroup_fence_operand(scores);
-  left_mma.accumulate_ = GMMA::ScaleOut::Zero;
+  mma.accumulate_ = GMMA::ScaleOut::Zero;
 #pragma unroll
   for (int tile = 0; tile < kHalfTiles; ++tile) {
-    smem.half_full[half.slot][tile].wait(half.parity);
+    if (tile % kPartTiles == 0) smem.half_full[half.slot][tile / kPartTiles].wait(half.parity);
     warpgroup_arrive();
-    Tensor b = keys(smem.halves[half.slot][tile]);
+    Element* const keys = smem.halves[half.slot][tile];
+    Tensor b = slice.partition_fragment_B(make_tensor(make_smem_ptr(keys), TileLayout<Element>{}));
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      cute::gemm(left_mma, q_left(_, _, tile * kSteps + step), b(_, _, step), scores);
-      left_mma.accumulate_ = GMMA::ScaleOut::One;
+      cute::gemm(mma, q_left(_, _, tile * kSteps + step), b(_, _, step), scores);
+      mma.accumulate_ = GMMA::ScaleOut::One;
     }
   }
   half.advance();
-#pragma unroll
-  for (int tile = 0; tile <= kHalfTiles; ++tile) {
-    const bool rotary = tile == kHalfTiles;
-    if (rotary) {
-      smem.rope_full[rope.slot].wait(rope.parity);
-    } else {
-      smem.half_full[half.slot][tile].wait(half.parity);
-    }
+}
+
+// Adds the rotary tile, which lands before it, and the right half: queries from shared memory.
+template <typename Element, typename Scores>
+__device__ __forceinline__ void issue_right(SharedMemory<Element>& smem, Ring<kHalfSlots>& half,
+                                            const Ring<kRopeSlots>& rope, int thread,
+                                            Scores& scores) {
+  SharedScoresMma<Element> mma;
+  const auto slice = mma.get_slice(thread);
+  const auto issue = [&](Element* queries, Element* keys) __attribute__((always_inline)) {
     warpgroup_arrive();
-    Tensor a = queries(smem.q[tile]);
-    Tensor b = keys(rotary ? smem.rope[rope.slot] : smem.halves[half.slot][tile]);
+    Tensor a =
+        slice.partition_fragment_A(make_tensor(make_smem_ptr(queries), TileLayout<Element>{}));
+    Tensor b = slice.partition_fragment_B(make_tensor(make_smem_ptr(keys), TileLayout<Element>{}));
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      cute::gemm(right_mma, a(_, _, step), b(_, _, step), scores);
-    }
+    for (int step = 0; step < kSteps; ++step) cute::gemm(mma, a(_, _, step), b(_, _, step), scores);
+  };
+  smem.rope_full[rope.slot].wait(rope.parity);
+  issue(smem.q[kHalfTiles], smem.rope[rope.slot]);
+#pragma unroll
+  for (int tile = 0; tile < kHalfTiles; ++tile) {
+    if (tile % kPartTiles == 0) smem.half_full[half.slot][tile / kPartTiles].wait(half.parity);
+    issue(smem.q[tile], smem.halves[half.slot][tile]);
   }
   half.advance();
   warpgroup_commit_batch();
@@ -127,22 +129,23 @@ __device__ __forceinline__ void scale_and_mask(const DecodeParams& p, const Work
 }
 
 // Zeroes the keys past the end, which may be NaN: as values, 0 * NaN would reach the output.
-// `left`: the ring's position of the block's left half.
+// `next`: the position in the ring after the block's two halves.
 template <typename Element>
-__device__ __forceinline__ void clear_past_end(SharedMemory<Element>& smem, Ring<kHalfSlots> left,
-                                               int valid, int thread) {
+__device__ __forceinline__ void clear_past_end(SharedMemory<Element>& smem,
+                                               const Ring<kHalfSlots>& next, int valid,
+                                               int thread) {
   constexpr int kVectors = kHalfTiles * 8;  // of 16 bytes in a row of a half
 #pragma unroll 1
-  for (int half = 0; half < 2; ++half) {
+  for (int back = 1; back <= 2; ++back) {
+    const int slot = (next.slot + kHalfSlots - back) % kHalfSlots;
 #pragma unroll 1
     for (int i = thread; i < (kBlock - valid) * kVectors; i += kWarpgroup) {
       const int row = valid + i / kVectors;
       const int vector = i % kVectors;
       // Swizzling permutes vectors inside a row of a tile: all of them are cleared.
-      uint4* tile = reinterpret_cast<uint4*>(smem.halves[left.slot][vector / 8]);
+      uint4* tile = reinterpret_cast<uint4*>(smem.halves[slot][vector / 8]);
       tile[row * 8 + vector % 8] = make_uint4(0, 0, 0, 0);
     }
-    left.advance();
   }
 }
 
@@ -239,8 +242,8 @@ __device__ __forceinline__ void run_scores(const DecodeParams& p, SharedMemory<E
     float total[2] = {0, 0};
     if (item.blocks() > 0) {
 #pragma unroll
-      for (int tile = 0; tile < kHalfTiles; ++tile) {
-        smem.half_full[half.slot][tile].wait(half.parity);
+      for (int part = 0; part < kParts; ++part) {
+        smem.half_full[half.slot][part].wait(half.parity);
       }
       const Tensor q_left = read_queries(smem.halves[half.slot], p, work, rows, thread);
       __syncwarp();
@@ -251,11 +254,11 @@ __device__ __forceinline__ void run_scores(const DecodeParams& p, SharedMemory<E
       half.advance();
       smem.q_full.wait(q_parity);
       q_parity ^= 1;
+      Tensor scores = partition_fragment_C(SharedScoresMma<Element>{}, Shape<_64, _64>{});
+      issue_left(smem, q_left, half, thread, scores);
+      issue_right(smem, half, rope, thread, scores);
 #pragma unroll 1
-      for (int block = item.first; block < item.last; ++block) {
-        const Ring<kHalfSlots> left = half;
-        Tensor scores = partition_fragment_C(SharedScoresMma<Element>{}, Shape<_64, _64>{});
-        issue_scores(smem, q_left, half, rope, thread, scores);
+      for (int block = item.first;; ++block) {
         warpgroup_wait<0>();
         warpgroup_fence_operand(scores);
         const bool last = block + 1 == item.last;
@@ -266,7 +269,7 @@ __device__ __forceinline__ void run_scores(const DecodeParams& p, SharedMemory<E
         softmax(scores, stats, factor);
         store_weights(smem.rope[rope.slot], thread, scores);
         const int valid = item.length - block * kBlock;
-        if (valid < kBlock) clear_past_end(smem, left, valid, thread);
+        if (valid < kBlock) clear_past_end(smem, half, valid, thread);
         smem.factors_read[rope.slot].wait(rope.parity ^ 1);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -280,8 +283,19 @@ __device__ __forceinline__ void run_scores(const DecodeParams& p, SharedMemory<E
           }
         }
         cutlass::arch::fence_view_async_shared();
-        smem.weights[rope.slot].arrive();
+        auto& weights = smem.weights[rope.slot];
         rope.advance();
+        if (last) {
+          weights.first.arrive();
+          weights.rest.arrive();
+          break;
+        }
+        // Most values are multiplied during the next softmax. The first of them go earlier, which
+        // makes room for keys.
+        issue_left(smem, q_left, half, thread, scores);
+        weights.first.arrive();
+        issue_right(smem, half, rope, thread, scores);
+        weights.rest.arrive();
       }
     }
 #pragma unroll

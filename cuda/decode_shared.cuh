@@ -7,6 +7,7 @@
 
 #include "cuda/decode.h"
 #include "cuda/plan.h"
+#include "cuda/tensor_map.h"
 
 namespace jax_flashmla {
 
@@ -34,6 +35,7 @@ inline constexpr int kRopeSlots = 3;
 // A half of the values is multiplied in two parts, each released as soon as it is done with.
 inline constexpr int kParts = 2;
 inline constexpr int kPartTiles = kHalfTiles / kParts;
+static_assert(kPartTiles == kKeyBoxTiles, "a part is one copy");
 
 // One 64 x 64 tile, rows of 128 bytes, swizzled: what TMA writes and wgmma reads.
 template <typename Element>
@@ -68,14 +70,17 @@ struct SharedMemory {
   float factor[kRopeSlots][kRowTile];   // by which the block's new maximum rescales the output
   float inverse[kRopeSlots][kRowTile];  // of the sums, with an item's last block
   Work work;
-  FullBarrier half_full[kHalfSlots][kHalfTiles];  // a tile has landed
+  FullBarrier half_full[kHalfSlots][kParts];  // a part has landed
   FullBarrier rope_full[kRopeSlots];
   FullBarrier q_full;
   EmptyBarrier half_empty[kHalfSlots][kParts];  // their only reader is done with them
   EmptyBarrier rope_empty[kRopeSlots];          // both value warpgroups are done with P
-  EmptyBarrier weights[kRopeSlots];             // P, factor and inverse are written
-  EmptyBarrier factors_read[kRopeSlots];        // factor and inverse may be overwritten
-  EmptyBarrier q_empty;                         // all scores with q are computed
+  struct {
+    EmptyBarrier first;  // P, factor and inverse are written, the left half's first part may begin
+    EmptyBarrier rest;   // and so may the other parts
+  } weights[kRopeSlots];
+  EmptyBarrier factors_read[kRopeSlots];  // factor and inverse may be overwritten
+  EmptyBarrier q_empty;                   // all scores with q are computed
 };
 static_assert(sizeof(SharedMemory<cutlass::bfloat16_t>) <= 232448, "an SM has 227 KiB");
 
@@ -90,6 +95,11 @@ struct Ring {
       slot = 0;
       parity ^= 1;
     }
+  }
+  __device__ __forceinline__ void advance(int count) {
+    slot += count;
+    parity ^= slot / kSlots & 1;
+    slot %= kSlots;
   }
 };
 

@@ -14,13 +14,16 @@ namespace {
 template <int kCtas, typename Element>
 __device__ __forceinline__ void init_barriers(SharedMemory<Element>& smem) {
   for (int slot = 0; slot < kHalfSlots; ++slot) {
-    for (int tile = 0; tile < kHalfTiles; ++tile) smem.half_full[slot][tile].init(1);
-    for (int part = 0; part < kParts; ++part) smem.half_empty[slot][part].init(kWarps * kCtas);
+    for (int part = 0; part < kParts; ++part) {
+      smem.half_full[slot][part].init(1);
+      smem.half_empty[slot][part].init(kWarps * kCtas);
+    }
   }
   for (int slot = 0; slot < kRopeSlots; ++slot) {
     smem.rope_full[slot].init(1);
     smem.rope_empty[slot].init(2 * kWarps * kCtas);
-    smem.weights[slot].init(kWarpgroup);
+    smem.weights[slot].first.init(kWarpgroup);
+    smem.weights[slot].rest.init(kWarpgroup);
     smem.factors_read[slot].init(2 * kWarpgroup);
   }
   smem.q_full.init(1);
@@ -35,7 +38,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) char raw[];
   auto& smem = *reinterpret_cast<SharedMemory<Element>*>(raw);
   if (threadIdx.x == 0) {
-    for (const CUtensorMap* map : {&maps.keys, &maps.q_nope, &maps.q_rope}) {
+    for (const CUtensorMap* map : {&maps.keys, &maps.rope_keys, &maps.q_nope, &maps.q_rope}) {
       cute::prefetch_tma_descriptor(reinterpret_cast<const TmaDescriptor*>(map));
     }
     init_barriers<kCtas>(smem);
@@ -56,12 +59,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int thread = threadIdx.x % kWarpgroup;
   if (role == kLoader) {
     cutlass::arch::warpgroup_reg_dealloc<40>();
-    if (thread < 32) run_loader<kCtas>(p, maps, smem, thread);
+    if (thread == 0) load_keys<kCtas>(p, maps, smem);
+    if (thread == 32) load_queries(p, maps, smem);
   } else if (role == kScores) {
-    cutlass::arch::warpgroup_reg_alloc<136>();
+    cutlass::arch::warpgroup_reg_alloc<152>();
     run_scores<kCtas>(p, smem, thread);
   } else {
-    cutlass::arch::warpgroup_reg_alloc<168>();
+    cutlass::arch::warpgroup_reg_alloc<160>();
     run_values<kCtas>(p, smem, role, thread);
   }
   // The others may still write into this CTA's shared memory, or tell it what they have read.

@@ -55,7 +55,8 @@ __device__ __forceinline__ void run_values(const DecodeParams& p, SharedMemory<E
 #pragma unroll 1
     for (int block = item.first; block < item.last; ++block) {
       if (side == kRight) half.advance();
-      smem.weights[rope.slot].wait(rope.parity);
+      const auto& weights = smem.weights[rope.slot];
+      (side == kLeft ? weights.first : weights.rest).wait(rope.parity);
       float factor[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -68,6 +69,7 @@ __device__ __forceinline__ void run_values(const DecodeParams& p, SharedMemory<E
       warpgroup_arrive();
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
+        if (part == 1) weights.rest.wait(rope.parity);
         issue_values(smem.rope[rope.slot], smem.halves[half.slot][part * kPartTiles], thread,
                      out(_, _, part));
       }

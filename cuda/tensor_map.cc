@@ -32,15 +32,13 @@ cudaError_t make_map(DType dtype, const void* data, const cuuint64_t (&extents)[
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-cudaError_t make_key_map(const DecodeParams& p, CUtensorMap* map) {
+cudaError_t make_key_map(const DecodeParams& p, cuuint32_t tiles, CUtensorMap* map) {
   constexpr cuuint64_t kRowBytes = kHeadDim * 2;
   const cuuint64_t h_kv = p.h_kv;
-  const cuuint64_t num_blocks = p.num_blocks;
-  const cuuint64_t groups = p.groups;
-  const cuuint64_t page_bytes = 64 * h_kv * kRowBytes;
-  return make_map<5>(p.dtype, p.k_cache, {kHeadDim, 64, h_kv, num_blocks, groups},
-                     {h_kv * kRowBytes, kRowBytes, page_bytes, page_bytes * num_blocks},
-                     {64, 64, 1, 1, 1}, map);
+  const cuuint64_t pages = static_cast<cuuint64_t>(p.groups) * p.num_blocks;
+  return make_map<5>(p.dtype, p.k_cache, {64, 64, kHeadDim / 64, h_kv, pages},
+                     {h_kv * kRowBytes, 128, kRowBytes, 64 * h_kv * kRowBytes},
+                     {64, 64, tiles, 1, 1}, map);
 }
 
 int query_box_rows(const DecodeParams& p) {
@@ -62,7 +60,8 @@ cudaError_t make_query_map(const DecodeParams& p, const void* data, int columns,
 
 cudaError_t make_tensor_maps(const DecodeParams& p, TensorMaps* maps) {
   maps->q_box_rows = query_box_rows(p);
-  cudaError_t error = make_key_map(p, &maps->keys);
+  cudaError_t error = make_key_map(p, kKeyBoxTiles, &maps->keys);
+  if (error == cudaSuccess) error = make_key_map(p, 1, &maps->rope_keys);
   if (error == cudaSuccess) {
     error = make_query_map(p, p.q_nope, kLatentDim, p.q_nope_stride, &maps->q_nope);
   }

@@ -8,11 +8,14 @@
 
 namespace jax_flashmla {
 
-// All boxes are 64 columns wide and swizzled by 128 bytes.
+inline constexpr int kKeyBoxTiles = 2;  // of the larger box of keys
+
+// All boxes are of tiles 64 columns wide, swizzled by 128 bytes.
 struct TensorMaps {
-  // k_cache, coordinates (column, token of the page, KV head, page, group), boxes of 64 tokens. A
-  // page id outside the pool reads as zeros.
+  // k_cache, coordinates (column of a tile, token of the page, tile, KV head, page of all groups'),
+  // boxes of 64 tokens and kKeyBoxTiles tiles, and of one tile. Other pages read as zeros.
   CUtensorMap keys;
+  CUtensorMap rope_keys;
   // All query rows, coordinates (column, row), boxes of q_box_rows rows: as many of a row tile as
   // are always neighbours in memory.
   CUtensorMap q_nope;

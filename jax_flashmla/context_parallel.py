@@ -39,16 +39,18 @@ def local_seqlens(
 
     Returns:
       int32 in the shape of `cache_seqlens`: always the first so many of the device's own tokens.
+      Tokens for which the tables of all devices together have no room do not count.
 
     Raises:
       TypeError, ValueError: an argument has the wrong type or value.
     """
-    lengths = jnp.maximum(arguments.int32_array("cache_seqlens", cache_seqlens), 0)
+    lengths = arguments.int32_array("cache_seqlens", cache_seqlens)
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {SPLITS}, got {split!r}")
     device, devices = lax.axis_index(axis_name), lax.axis_size(axis_name)
+    capacity = arguments.positive_int("max_blocks", max_blocks) * PAGE_BLOCK_SIZE
+    lengths = jnp.clip(lengths, 0, devices * capacity)
     if split == "contiguous":
-        capacity = arguments.positive_int("max_blocks", max_blocks) * PAGE_BLOCK_SIZE
         return jnp.clip(lengths - device * capacity, 0, capacity)
     turn = devices * PAGE_BLOCK_SIZE  # tokens in one page of each device
     last_page = lengths % turn - device * PAGE_BLOCK_SIZE
@@ -110,8 +112,8 @@ def decode(
 ) -> tuple[jax.Array, jax.Array]:
     """`flash_mla_with_kvcache` over keys that are spread over a mesh axis.
 
-    One sum over the axis, of the size of the output in float32, and two of the size of `lse`. A
-    device that has no key of a sequence contributes nothing to it.
+    One exchange over the axis: every device gathers the others' outputs, in 16 bits, with their
+    `lse`. A device that has no key of a sequence contributes nothing to it.
 
     Args:
       q: `[*G, b, s_q, h_q, 576]`, or the pair; the same on all devices of the axis.
@@ -134,22 +136,28 @@ def decode(
     s_q = (q[0] if isinstance(q, (tuple, list)) else q).shape[-3]
     cache_seqlens = arguments.int32_array("cache_seqlens", cache_seqlens)
     hidden = s_q - 1 if arguments.static_bool("causal", causal) else 0
+    max_blocks = block_table.shape[-1]
+    # As decode does with a length that the table has no room for.
+    capacity = lax.axis_size(axis_name) * max_blocks * PAGE_BLOCK_SIZE
+    cache_seqlens = jnp.minimum(cache_seqlens, capacity)
     # Every token of a sequence sees its first keys; which of the last `hidden` each sees depends on
     # where they lie, which no causal mask of one device can say.
     tokens = cache_seqlens[..., None] - jnp.arange(hidden, -1, -1, dtype=jnp.int32)
-    visible = local_seqlens(tokens, block_table.shape[-1], axis_name=axis_name, split=split)
+    visible = local_seqlens(tokens, max_blocks, axis_name=axis_name, split=split)
     out, lse = flash_mla_with_kvcache(q, k_cache, block_table, visible[..., 0], **options)
     if hidden:
         last = _attend_to_last(q, k_cache, block_table, visible, softmax_scale)
         out, lse = merge_attention_states([out, last[0]], [lse, last[1]])
 
-    top = lax.pmax(lse, axis_name)
-    weights = jnp.exp(lse - jnp.where(jnp.isneginf(top), 0, top))
-    scaled = jnp.swapaxes(weights, -1, -2)[..., None] * out.astype(jnp.float32)
-    scaled, total = lax.psum((scaled, weights), axis_name)
-    shares = jnp.swapaxes(jnp.where(total == 0, 1, total), -1, -2)[..., None]
-    lse = jnp.where(jnp.isneginf(top), -jnp.inf, jnp.log(total) + top)
-    return (scaled / shares).astype(out.dtype), lse
+    # As integers, in which no compiler changes bits on the way, and in one array: small exchanges
+    # cost latency each.
+    out_bits = lax.bitcast_convert_type(out, jnp.uint16)
+    lse_bits = lax.bitcast_convert_type(jnp.swapaxes(lse, -1, -2), jnp.uint16)
+    state = jnp.concatenate([out_bits, lse_bits], axis=-1)
+    states = lax.all_gather(state, axis_name, to="invarying")
+    outs = lax.bitcast_convert_type(states[..., :LATENT_DIM], out.dtype)
+    lses = lax.bitcast_convert_type(states[..., LATENT_DIM:], jnp.float32)
+    return merge_attention_states(outs, jnp.swapaxes(lses, -1, -2))
 
 
 def _attend_to_last(q, k_cache, block_table, visible, softmax_scale):

@@ -26,9 +26,10 @@ def decode_in_low_precision(problem_arrays, softmax_scale, causal, weights_dtype
     With `weights_dtype=float32`, weights and results are kept in float32: the reference for cases
     that are too large for float64 in NumPy.
 
-    Sets the scale for errors: a 16-bit result cannot be held to float64. One sequence at a time,
-    so that large cases fit in memory. Pages that must not be read are replaced by zeros first.
-    Products of 16-bit values are exact in float32, so multiplying upcast operands is the same.
+    Sets the scale for errors: a 16-bit result cannot be held to float64. A few sequences at a
+    time, so that large cases fit in memory. Pages that must not be read are replaced by zeros
+    first. Products of 16-bit values are exact in float32, so multiplying upcast operands is the
+    same.
     """
     q, k_cache, block_table, cache_seqlens = problem_arrays
     _, s_q, h_q, _ = q.shape
@@ -59,7 +60,7 @@ def decode_in_low_precision(problem_arrays, softmax_scale, causal, weights_dtype
         out = out.transpose(2, 0, 1, 3).reshape(s_q, h_q, -1).astype(weights_dtype or q.dtype)
         return out, lse.reshape(h_q, s_q)
 
-    return lax.map(decode_one, (q, block_table, cache_seqlens))
+    return lax.map(decode_one, (q, block_table, cache_seqlens), batch_size=8)
 
 
 def assert_decodes_well(test_case, got, want, plain, dtype):

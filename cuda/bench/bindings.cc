@@ -70,10 +70,11 @@ std::vector<float> time_plan(HostLengths cache_seqlens, int num_parts, int overh
 // (jax.Array.unsafe_buffer_pointer) in the order q, k_cache, block_table, cache_seqlens,
 // tile_scheduler_metadata, num_splits, out, lse, partial_out, partial_lse.
 // One group, bfloat16, whole queries. `what`: "decode", its kernels "split" and "combine", or
-// "floor".
+// "floor". `copies`: how many q and out there are, one after the other; launches take them in turn.
 std::vector<float> time_decode(const std::vector<uintptr_t>& operands, int batch, int s_q, int h_q,
                                int h_kv, int num_blocks, int max_blocks, int num_parts, int slots,
-                               bool causal, const std::string& what, int launches, int replays) {
+                               bool causal, const std::string& what, int launches, int replays,
+                               int copies) {
   if (operands.size() != 10) throw std::invalid_argument("expected the addresses of 10 arrays");
   const auto pointer = [&](int i) { return reinterpret_cast<void*>(operands[i]); };
   const auto ints = [&](int i) { return static_cast<const int32_t*>(pointer(i)); };
@@ -111,7 +112,15 @@ std::vector<float> time_decode(const std::vector<uintptr_t>& operands, int batch
   if (what == "combine") launch = launch_combine;
   if (what == "floor") launch = launch_load_floor;
   if (launch == nullptr) throw std::invalid_argument("unknown: " + what);
-  const auto enqueue = [&](cudaStream_t stream) { return launch(params, stream); };
+  int launched = 0;
+  const auto enqueue = [&](cudaStream_t stream) {
+    DecodeParams turn = params;
+    const int64_t rows = int64_t{batch} * s_q * h_q * (launched++ % copies);
+    turn.q_nope = static_cast<const uint16_t*>(params.q_nope) + rows * kHeadDim;
+    turn.q_rope = static_cast<const uint16_t*>(params.q_rope) + rows * kHeadDim;
+    turn.out = static_cast<uint16_t*>(params.out) + rows * kLatentDim;
+    return launch(turn, stream);
+  };
   check(time_in_graph(enqueue, launches, replays, microseconds));
   return microseconds;
 }
@@ -126,7 +135,8 @@ void bind_benchmarks(nb::module_& module) {
              "Microseconds per launch of the planner, one sample per replay of a CUDA graph.");
   module.def("time_decode", &time_decode, "operands"_a, nb::kw_only(), "batch"_a, "s_q"_a, "h_q"_a,
              "h_kv"_a, "num_blocks"_a, "max_blocks"_a, "num_parts"_a, "slots"_a, "causal"_a,
-             "what"_a, "launches"_a, "replays"_a, nb::call_guard<nb::gil_scoped_release>(),
+             "what"_a, "launches"_a, "replays"_a, "copies"_a = 1,
+             nb::call_guard<nb::gil_scoped_release>(),
              "Microseconds per decode, one sample per replay of a CUDA graph.");
 }
 

@@ -29,15 +29,14 @@ __global__ void __launch_bounds__(32) load_floor_kernel(const __grid_constant__ 
   int loaded = 0;
   for (int seq = work.begin_seq; has_item(work, seq); ++seq) {
     const Item item = find_item(p, work, seq);
-    const int32_t* table =
-        p.block_table + (static_cast<int64_t>(work.group) * p.batch + seq) * p.max_blocks;
     for (int block = item.first; block < item.last; ++block) {
       if (loaded >= kSlots) smem.full[slot.slot].wait(slot.parity ^ 1);
       if (lane == 0) smem.full[slot.slot].arrive_and_expect_tx(kTiles * kTileBytes);
       __syncwarp();
-      if (lane < kTiles) {
-        load_tile<1>(&maps.keys, smem.full[slot.slot], smem.k[slot.slot][lane], lane, work.head,
-                     table[block], work.group);
+      const int tile = lane * kKeyBoxTiles;
+      if (tile < kTiles) {
+        load_box<1>(tile == kRopeTile ? &maps.rope_keys : &maps.keys, smem.full[slot.slot],
+                    smem.k[slot.slot][tile], tile, work.head, find_page(p, work, seq, block));
       }
       slot.advance();
       ++loaded;
