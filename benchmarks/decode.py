@@ -178,10 +178,6 @@ def main():
     """Measures, prints, writes decode.json."""
     directory = report.output_directory(__spec__.name, __doc__, "decode")
     peers = json.loads(report.PEERS.read_text())
-    before = measure_ceilings()
-    rows = [measure(peer) for peer in peers["rows"]]
-    ceilings = {"before": before, "after": measure_ceilings()}
-    add_normalised_ratios(rows, ceilings, peers["ceilings_same_run"])
     what = (
         "Paged MLA decode, bfloat16, page size 64, equal lengths: split_us the split kernel, "
         "combine_us the combine kernel, decode_us both, floor_us the loads of the split kernel "
@@ -193,6 +189,14 @@ def main():
         f"of pipelined calls. ceilings: a bfloat16 product of {MATMUL}^3, a sum of "
         f"{READ_BYTES / 2**30:.0f} GiB of float32."
     )
+    rows, ceilings = [], {"before": measure_ceilings()}
+    for peer in peers["rows"]:
+        rows.append(measure(peer))
+        add_normalised_ratios(rows, ceilings, peers["ceilings_same_run"])
+        # After each row, so that a run that is cut short leaves what it has.
+        report.write("decode", what, rows, directory, ceilings=ceilings)
+    ceilings["after"] = measure_ceilings()
+    add_normalised_ratios(rows, ceilings, peers["ceilings_same_run"])
     report.write("decode", what, rows, directory, ceilings=ceilings)
     print(f"ceilings: {ceilings}")
     columns = {

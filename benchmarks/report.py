@@ -109,7 +109,7 @@ def write(name: str, what: str, rows: list[dict], directory: str | None, **extra
     # Lists of samples on one line, so that a diff shows rows.
     text = re.sub(r"\[[^\[\]{}]*\]", lambda numbers: " ".join(numbers[0].split()), text)
     path.write_text(text + "\n")
-    print(f"wrote {path}")
+    print(f"wrote {path} ({len(rows)} rows)", flush=True)
 
 
 def print_table(title: str, columns: list[str], rows: list[list]) -> None:

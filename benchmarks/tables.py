@@ -127,10 +127,31 @@ def layers():
     return markdown_table(columns, rows) + source("layers")
 
 
+def sharded(gpus):
+    """What several GPUs gain."""
+    name = f"sharded_{gpus}"
+    times = "all_gpus_us", "part_on_one_us", "whole_on_one_us"
+    rows = [
+        [
+            row["what"],
+            *(f"{row[key]['median']:.1f}" if key in row else "" for key in times),
+            f"{row['efficiency']:.1%}" if "efficiency" in row else "",
+            f"{row['speedup']:.2f}" if "speedup" in row else "",
+        ]
+        for row in load(name)["rows"]
+    ]
+    columns = [
+        *["shared", f"{gpus} GPUs, µs", "one's part on one, µs", "all on one, µs"],
+        *["of perfect scaling", "times faster than one"],
+    ]
+    return markdown_table(columns, rows) + source(name)
+
+
 TABLES = {
     "decode": decode,
     "layers": layers,
     "planner": planner,
+    "sharded_2": lambda: sharded(2),
     "xla_decode_cpu": lambda: xla_decode("cpu"),
     "xla_decode_gpu": lambda: xla_decode("gpu"),
 }
