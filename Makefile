@@ -10,13 +10,17 @@ RUN := $(VENV)/bin/python
 NATIVE_SOURCES := $(shell find cuda -name '*.cu*' -o -name '*.cc' -o -name '*.h')
 SETUP := pyproject.toml CMakeLists.txt $(wildcard tools/*.py) $(NATIVE_SOURCES)
 
-.PHONY: demo test lint format wheel bench tables clean
+.PHONY: demo test test-oldest lint format wheel bench tables clean
 
 demo: $(VENV)/ready
 	@$(RUN) examples/decode_loop.py
 
 test: $(VENV)/ready
 	@$(RUN) -m pytest
+
+# The same with the oldest jax that is supported, in an environment of its own.
+test-oldest:
+	@JAX_RANGE=oldest $(MAKE) --no-print-directory test VENV=$(VENV)-oldest
 
 lint: $(VENV)/ready-to-lint
 	@$(VENV)/bin/ruff check .
@@ -47,7 +51,7 @@ tables: $(VENV)/ready
 	@$(RUN) -m benchmarks.tables
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist
 
 $(VENV)/ready: $(SETUP)
 	@command -v $(PYTHON) >/dev/null || { echo "jax_flashmla: Python 3.11 or newer is needed, \

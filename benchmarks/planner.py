@@ -43,7 +43,6 @@ def time_in_graph(lengths, num_sms):
         overhead_blocks=planner.OVERHEAD_BLOCKS,
         min_split_blocks=planner.MIN_SPLIT_BLOCKS,
         split_cost_blocks=planner.SPLIT_COST_BLOCKS,
-        max_blocks=planner.max_blocks_per_sequence(len(lengths)),
         launches=LAUNCHES,
         replays=REPLAYS,
     )

@@ -22,6 +22,12 @@ struct PlanParams {
   int max_blocks;         // blocks per sequence that are balanced; keeps the sums inside int32
 };
 
+// For `max_blocks`: the line of all sequences is then no longer than 2^30.
+inline int max_balanced_blocks(int batch, int overhead_blocks) {
+  const int share = (1 << 30) / (batch > 0 ? batch : 1) - overhead_blocks;
+  return share > 1 ? share : 1;
+}
+
 inline constexpr int kBlockTokens = 64;
 inline constexpr int kMetadataColumns = 8;
 

@@ -7,6 +7,7 @@ stops after the longest sequence, so that memory stays small and work follows th
 
 import dataclasses
 
+import jax.export
 import jax.numpy as jnp
 from jax import lax
 
@@ -69,8 +70,8 @@ def decode_xla(q, k_cache, block_table, cache_seqlens, *, softmax_scale, causal,
     if causal:
         visible = visible - s_q + 1 + jnp.arange(s_q, dtype=jnp.int32)
 
-    pages_per_step = walk.tokens_per_step // (max(batch, 1) * page)
-    pages_per_step = max(1, min(pages_per_step, max_blocks // walk.steps_per_table))
+    pages_per_step = walk.tokens_per_step // (max(_extent(batch, 32), 1) * page)
+    pages_per_step = max(1, min(pages_per_step, _extent(max_blocks, 256) // walk.steps_per_table))
     tokens = pages_per_step * page
     block_table = jnp.pad(block_table, ((0, 0), (0, -max_blocks % pages_per_step)))
 
@@ -122,6 +123,11 @@ def decode_xla(q, k_cache, block_table, cache_seqlens, *, softmax_scale, causal,
     lse = jnp.where(empty, -jnp.inf, row_max + jnp.log(row_sum))
     out = out.transpose(0, 3, 1, 2, 4).reshape(batch, s_q, h_q, LATENT_DIM)
     return out.astype(dtype), lse.reshape(batch, h_q, s_q)
+
+
+def _extent(size, guess):
+    """A shape's extent, or a guess where an exported program does not know it yet."""
+    return guess if jax.export.is_symbolic_dim(size) else size
 
 
 def _gather_pages(k_cache, page_ids, step):

@@ -135,14 +135,12 @@ _xla_lowering = lower_as_jax(_plan_local_xla)
 def _cuda_lowering(ctx, cache_seqlens, *, config):
     if native.chosen_implementation("plan", config.implementation) == "xla":
         return _xla_lowering(ctx, cache_seqlens, config=config)
-    batch = ctx.avals_in[0].shape[1]
     return jax.ffi.ffi_lowering(native.FFI_TARGETS["plan"])(
         ctx,
         cache_seqlens,
         overhead_blocks=np.int32(planner.OVERHEAD_BLOCKS),
         min_split_blocks=np.int32(planner.MIN_SPLIT_BLOCKS),
         split_cost_blocks=np.int32(planner.SPLIT_COST_BLOCKS),
-        max_blocks=np.int32(planner.max_blocks_per_sequence(batch)),
     )
 
 

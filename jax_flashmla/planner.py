@@ -66,19 +66,14 @@ def num_sm_parts(num_q_tokens_per_head_k: int, num_heads_k: int, num_sms: int) -
     return max(1, num_sms // (num_heads_k * row_tiles))
 
 
-def max_blocks_per_sequence(batch: int) -> int:
-    """How many blocks of one sequence the plan balances; the rest go to its last partition."""
-    return max(1, MAX_LINE // max(batch, 1) - OVERHEAD_BLOCKS)
-
-
-def _even_cuts(blocks: jax.Array, batch: int, parts: int):
+def _even_cuts(blocks: jax.Array, batch: jax.Array, parts: int):
     """Cuts for sequences of `blocks` blocks each.
 
     Returns the pieces of a sequence, the position of every cut, the split that it starts, and the
     largest cost of a partition.
     """
     per_part = -(-batch // parts)
-    pieces = jnp.clip(blocks // MIN_SPLIT_BLOCKS, 1, max(parts // batch, 1))
+    pieces = jnp.clip(blocks // MIN_SPLIT_BLOCKS, 1, jnp.maximum(parts // batch, 1))
     size, longer = blocks // pieces, blocks % pieces  # the first `longer` have one block more
     number = jnp.arange(parts + 1, dtype=jnp.int32) * per_part
     seq, split = number // pieces, number % pieces
@@ -99,14 +94,15 @@ def plan_reference(cache_seqlens: jax.Array, parts: int) -> tuple[jax.Array, jax
     Returns:
       `tile_scheduler_metadata [parts, 8]` and `num_splits [b + 1]`, int32.
     """
-    batch = cache_seqlens.shape[0]
     zero = jnp.zeros(1, jnp.int32)
-    if batch == 0:
+    if cache_seqlens.shape[0] == 0:
         return jnp.zeros((parts, METADATA_COLUMNS), jnp.int32), zero
+    # An array, since an exported program may not know it yet.
+    batch = jnp.asarray(cache_seqlens.shape[0]).astype(jnp.int32)
 
     lengths = jnp.maximum(cache_seqlens, 0)
     blocks = lengths // BLOCK_TOKENS + (lengths % BLOCK_TOKENS > 0)
-    blocks = jnp.minimum(blocks, max_blocks_per_sequence(batch))
+    blocks = jnp.minimum(blocks, jnp.maximum(MAX_LINE // batch - OVERHEAD_BLOCKS, 1))
     extents = jnp.where(blocks > 0, blocks + OVERHEAD_BLOCKS, 1)
     line = jnp.concatenate([zero, jnp.cumsum(extents, dtype=jnp.int32)])
     starts, total = line[:-1], line[-1]
@@ -121,7 +117,8 @@ def plan_reference(cache_seqlens: jax.Array, parts: int) -> tuple[jax.Array, jax
 
     cuts = jnp.arange(parts + 1, dtype=jnp.int32)
     x = cuts * part_length
-    seq = jnp.searchsorted(starts, x, side="right").astype(jnp.int32) - 1
+    # The last sequence that starts at x or before. (searchsorted wants to know the batch.)
+    seq = jnp.sum(starts <= x[:, None], axis=1, dtype=jnp.int32) - 1
     block = x - starts[seq] - OVERHEAD_BLOCKS
     snap = jnp.minimum(MIN_SPLIT_BLOCKS, (blocks[seq] + 1) // 2)
     to_start = (blocks[seq] == 0) | (block < snap)
@@ -130,7 +127,6 @@ def plan_reference(cache_seqlens: jax.Array, parts: int) -> tuple[jax.Array, jax
     seq = jnp.where(x >= total, batch, seq + past_end)
     split = jnp.where(inside, cuts - cuts_before[jnp.minimum(seq, batch - 1)], 0)
     position = jnp.stack([seq, jnp.where(inside, block, 0)], axis=1)
-    position = jnp.stack([seq, jnp.where(inside, block, 0)], axis=1)
 
     # The same number of blocks in all sequences.
     pieces, even_position, even_split, even_cost = _even_cuts(blocks[0], batch, parts)
@@ -138,7 +134,8 @@ def plan_reference(cache_seqlens: jax.Array, parts: int) -> tuple[jax.Array, jax
     even = jnp.all(blocks == blocks[0]) & (blocks[0] > 0) & (even_cost <= limit)
     position = jnp.where(even, even_position, position)
     split = jnp.where(even, even_split, split)
-    num_splits = jnp.where(even, jnp.arange(batch + 1, dtype=jnp.int32) * pieces, num_splits)
+    even_splits = jnp.arange(num_splits.shape[0], dtype=jnp.int32) * pieces
+    num_splits = jnp.where(even, even_splits, num_splits)
 
     unused = jnp.zeros((parts, 3), jnp.int32)
     metadata = jnp.concatenate([position[:-1], position[1:], split[:-1, None], unused], axis=1)

@@ -121,7 +121,6 @@ class NativeModuleTest(absltest.TestCase):
             overhead_blocks=np.int32(5),
             min_split_blocks=np.int32(4),
             split_cost_blocks=np.int32(16),
-            max_blocks=np.int32(100),
         )
         with self.assertRaisesRegex(Exception, "jax_flashmla_plan: shapes do not fit"):
             jax.block_until_ready(call(np.zeros((1, 3), np.int32), **attributes))
@@ -133,7 +132,6 @@ class NativeModuleTest(absltest.TestCase):
             overhead_blocks=5,
             min_split_blocks=4,
             split_cost_blocks=16,
-            max_blocks=1000,
             launches=10,
             replays=3,
         )

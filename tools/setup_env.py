@@ -1,16 +1,19 @@
 """Makes the virtual environment that the Makefile's targets use: `setup_env.py <venv> <extras>`.
 
-Runs on whatever `python3` is, so that it can say in one sentence what is missing.
+Runs on whatever `python3` is, so that it can say in one sentence what is missing. With
+JAX_RANGE=oldest it installs the oldest jax that pyproject.toml allows, else the newest there is.
 """
 
 from __future__ import print_function
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 
 OLDEST_PYTHON = (3, 11)
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GIB = 2**30
 SPACE = {False: 2 * GIB, True: 12 * GIB}  # without and with CUDA libraries
 
@@ -66,6 +69,18 @@ def check_native_tools(toolchain, driver):
         )
 
 
+def pinned_jax():
+    """What to install besides the package."""
+    wanted = os.environ.get("JAX_RANGE", "newest")
+    if wanted not in ("oldest", "newest"):
+        fail("JAX_RANGE must be oldest or newest, and is %r." % wanted)
+    if wanted == "newest":
+        return []
+    with open(os.path.join(ROOT, "pyproject.toml")) as file:
+        version = re.search(r'"jax>=([0-9.]+)"', file.read()).group(1)
+    return ["jax==" + version, "jaxlib==" + version]
+
+
 def run(*command, **environment):
     try:
         subprocess.run(command, check=True, env=dict(os.environ, **environment))
@@ -107,10 +122,9 @@ def main(folder, extras):
     if driver is not None:
         extras.append("cuda%d" % min(driver[0], 13))
     print("Installing jax_flashmla[%s], kernels %s" % (",".join(extras), cuda), flush=True)
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     run(
         *[python, "-m", "pip", "install", "--quiet", "--editable"],
-        "%s[%s]" % (root, ",".join(extras)),
+        *["%s[%s]" % (ROOT, ",".join(extras)), *pinned_jax()],
         JAX_FLASHMLA_CUDA=cuda,
     )
 

@@ -40,8 +40,8 @@ class DeviceArray {
 using HostLengths = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 std::vector<float> time_plan(HostLengths cache_seqlens, int num_parts, int overhead_blocks,
-                             int min_split_blocks, int split_cost_blocks, int max_blocks,
-                             int launches, int replays) {
+                             int min_split_blocks, int split_cost_blocks, int launches,
+                             int replays) {
   const size_t batch = cache_seqlens.shape(0);
   const DeviceArray lengths(batch);
   const DeviceArray metadata(static_cast<size_t>(num_parts) * kMetadataColumns);
@@ -58,7 +58,7 @@ std::vector<float> time_plan(HostLengths cache_seqlens, int num_parts, int overh
       .overhead_blocks = overhead_blocks,
       .min_split_blocks = min_split_blocks,
       .split_cost_blocks = split_cost_blocks,
-      .max_blocks = max_blocks,
+      .max_blocks = max_balanced_blocks(static_cast<int>(batch), overhead_blocks),
   };
   std::vector<float> microseconds;
   check(time_in_graph([&](cudaStream_t stream) { return launch_plan(params, stream); }, launches,
@@ -130,8 +130,8 @@ std::vector<float> time_decode(const std::vector<uintptr_t>& operands, int batch
 void bind_benchmarks(nb::module_& module) {
   using namespace nb::literals;
   module.def("time_plan", &time_plan, "cache_seqlens"_a, nb::kw_only(), "num_parts"_a,
-             "overhead_blocks"_a, "min_split_blocks"_a, "split_cost_blocks"_a, "max_blocks"_a,
-             "launches"_a, "replays"_a,
+             "overhead_blocks"_a, "min_split_blocks"_a, "split_cost_blocks"_a, "launches"_a,
+             "replays"_a,
              "Microseconds per launch of the planner, one sample per replay of a CUDA graph.");
   module.def("time_decode", &time_decode, "operands"_a, nb::kw_only(), "batch"_a, "s_q"_a, "h_q"_a,
              "h_kv"_a, "num_blocks"_a, "max_blocks"_a, "num_parts"_a, "slots"_a, "causal"_a,

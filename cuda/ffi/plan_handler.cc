@@ -11,7 +11,7 @@ namespace ffi = xla::ffi;
 
 // Shapes were checked in Python; here again what keeps the kernel inside its buffers.
 ffi::Error plan(cudaStream_t stream, ffi::Buffer<ffi::S32> cache_seqlens, int32_t overhead_blocks,
-                int32_t min_split_blocks, int32_t split_cost_blocks, int32_t max_blocks,
+                int32_t min_split_blocks, int32_t split_cost_blocks,
                 ffi::ResultBuffer<ffi::S32> tile_scheduler_metadata,
                 ffi::ResultBuffer<ffi::S32> num_splits) {
   const auto lengths = cache_seqlens.dimensions();
@@ -24,7 +24,7 @@ ffi::Error plan(cudaStream_t stream, ffi::Buffer<ffi::S32> cache_seqlens, int32_
                           metadata[2] == kMetadataColumns && lengths[0] < kLimit &&
                           lengths[1] < kLimit && metadata[1] < kLimit;
   if (!shapes_fit) return ffi::Error::InvalidArgument("jax_flashmla_plan: shapes do not fit");
-  if (overhead_blocks < 0 || min_split_blocks < 1 || split_cost_blocks < 0 || max_blocks < 1) {
+  if (overhead_blocks < 0 || min_split_blocks < 1 || split_cost_blocks < 0) {
     return ffi::Error::InvalidArgument("jax_flashmla_plan: attributes out of range");
   }
 
@@ -38,7 +38,7 @@ ffi::Error plan(cudaStream_t stream, ffi::Buffer<ffi::S32> cache_seqlens, int32_
       .overhead_blocks = overhead_blocks,
       .min_split_blocks = min_split_blocks,
       .split_cost_blocks = split_cost_blocks,
-      .max_blocks = max_blocks,
+      .max_blocks = max_balanced_blocks(static_cast<int>(lengths[1]), overhead_blocks),
   };
   const cudaError_t error = launch_plan(params, stream);
   if (error == cudaSuccess) return ffi::Error::Success();
@@ -55,7 +55,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_flashmla_plan, jax_flashmla::plan,
                                   .Attr<int32_t>("overhead_blocks")
                                   .Attr<int32_t>("min_split_blocks")
                                   .Attr<int32_t>("split_cost_blocks")
-                                  .Attr<int32_t>("max_blocks")
                                   .Ret<xla::ffi::Buffer<xla::ffi::S32>>()  // metadata
                                   .Ret<xla::ffi::Buffer<xla::ffi::S32>>()  // num_splits
                               ,
