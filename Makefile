@@ -10,7 +10,7 @@ RUN := $(VENV)/bin/python
 NATIVE_SOURCES := $(shell find cuda -name '*.cu*' -o -name '*.cc' -o -name '*.h')
 SETUP := pyproject.toml CMakeLists.txt $(wildcard tools/*.py) $(NATIVE_SOURCES)
 
-.PHONY: demo test test-oldest lint format wheel bench tables clean
+.PHONY: demo test test-oldest test-bazel lint format wheel bench tables clean
 
 demo: $(VENV)/ready
 	@$(RUN) examples/decode_loop.py
@@ -21,6 +21,10 @@ test: $(VENV)/ready
 # The same with the oldest jax that is supported, in an environment of its own.
 test-oldest:
 	@JAX_RANGE=oldest $(MAKE) --no-print-directory test VENV=$(VENV)-oldest
+
+# The tests under Bazel, without kernels; see docs/bazel.md.
+test-bazel: $(VENV)/ready
+	@JAX_FLASHMLA_PYTHON=$(abspath $(RUN)) bazel test //... --config=nocuda
 
 lint: $(VENV)/ready-to-lint
 	@$(VENV)/bin/ruff check .
@@ -51,7 +55,7 @@ tables: $(VENV)/ready
 	@$(RUN) -m benchmarks.tables
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist .bazel
 
 $(VENV)/ready: $(SETUP)
 	@command -v $(PYTHON) >/dev/null || { echo "jax_flashmla: Python 3.11 or newer is needed, \
