@@ -94,15 +94,20 @@ def decode():
         *["sequences", "query tokens", "heads", "keys", "ours, µs", "GB/s", "TFLOP/s"],
         *["loads alone, µs", "plain XLA, µs", "FlashMLA, µs", "FlashAttention-3, µs"],
     ]
-    ceilings = (
+    ceilings = "".join(
         f"\nCeilings of the run, {when}: {ceiling['read_gb_per_s']:,.0f} GB/s read, "
         f"{ceiling['matmul_tflops']:.0f} TFLOP/s in a large matrix product."
         for when, ceiling in record["ceilings"].items()
     )
+    hot = [
+        row["hot_matmul_tflops"]["median"] for row in record["rows"] if "hot_matmul_tflops" in row
+    ]
+    if hot:
+        ceilings += f"\nThe product under load, between samples: {min(hot):.0f} to {max(hot):.0f}."
     peers = json.loads(report.PEERS.read_text())["ceilings_same_run"]
     read, matmul = (" to ".join(f"{x:,}" for x in values) for values in peers.values())
     theirs = f"\nCeilings of the peers' run: {read} GB/s, {matmul} TFLOP/s.\n"
-    return markdown_table(columns, rows) + "".join(ceilings) + theirs + source("decode")
+    return markdown_table(columns, rows) + ceilings + theirs + source("decode")
 
 
 def layers():
