@@ -21,7 +21,6 @@ def _python_environment_impl(ctx):
     if not found["jaxlib"]:
         _fail("no jaxlib in %s: run `make test` in jax_flashmla's folder, which makes .venv, or `%s -m pip install jax`." %
               (python, python))
-    ctx.symlink(found["interpreter"], "python3")
     for name in ("jaxlib", "nanobind", "cutlass", "python_headers"):
         if found[name]:
             ctx.symlink(found[name], name)
