@@ -50,9 +50,12 @@ class DecodeTest(parameterized.TestCase):
 
     def check(self, problem, softmax_scale=576**-0.5, causal=False):
         got = decode(*problem.arrays, softmax_scale=softmax_scale, causal=causal)
-        want = oracle.decode(*problem.arrays, softmax_scale=softmax_scale, causal=causal)
-        plain = support.decode_in_low_precision(problem.arrays, softmax_scale, causal)
-        support.assert_decodes_well(self, got, want, plain, problem.q.dtype)
+        dtype = problem.q.dtype
+        want, plain = (
+            oracle.decode(*problem.arrays, softmax_scale, causal, rounded)
+            for rounded in (None, dtype)
+        )
+        support.assert_decodes_well(self, got, want, plain, dtype)
         return got
 
     @parameterized.parameters(*COVER)
@@ -95,13 +98,11 @@ class DecodeTest(parameterized.TestCase):
 
     def test_lengths_are_clamped_to_the_table(self):
         problem = problems.make_problem(self.rng, [192, 192, 50], max_blocks=3)
-        expected = oracle.decode(*problem.arrays[:3], np.array([192, 192, 0]))
+        dtype = problem.q.dtype
+        arrays = *problem.arrays[:3], np.array([192, 192, 0])
+        want, plain = (oracle.decode(*arrays, rounded_to=rounded) for rounded in (None, dtype))
         problem.cache_seqlens[:] = [193, np.iinfo(np.int32).max, -7]
-        got = decode(*problem.arrays)
-        plain = support.decode_in_low_precision(
-            (*problem.arrays[:3], np.array([192, 192, 0], np.int32)), 576**-0.5, False
-        )
-        support.assert_decodes_well(self, got, expected, plain, problem.q.dtype)
+        support.assert_decodes_well(self, decode(*problem.arrays), want, plain, dtype)
 
     def test_page_ids_outside_the_pool_read_as_zeros(self):
         problem = problems.make_problem(self.rng, [300, 300, 300])
@@ -125,7 +126,7 @@ class DecodeTest(parameterized.TestCase):
         self.assertEqual(out.shape, (2, 3, 4, 2, 16, 512))
         self.assertEqual(lse.shape, (2, 3, 4, 16, 2))
         for i, part in enumerate(parts):
-            plain = support.decode_in_low_precision(part.arrays, 576**-0.5, True)
+            plain = oracle.decode(*part.arrays, causal=True, rounded_to=part.q.dtype)
             got = out[i // 3, i % 3], lse[i // 3, i % 3]
             want = oracle.decode(*part.arrays, causal=True)
             support.assert_decodes_well(self, got, want, plain, part.q.dtype)
@@ -154,7 +155,7 @@ class DecodeTest(parameterized.TestCase):
     def test_results_do_not_depend_on_the_plan(self):
         problem = problems.make_problem(self.rng, [5, 0, 2000, 300, 64], s_q=2)
         want = oracle.decode(*problem.arrays)
-        plain = support.decode_in_low_precision(problem.arrays, 576**-0.5, False)
+        plain = oracle.decode(*problem.arrays, rounded_to=problem.q.dtype)
         for num_sms in (1, 2, 7, 132, 500):
             metadata = jax_flashmla.get_mla_metadata(problem.cache_seqlens, 32, 1, num_sms=num_sms)
             got = decode(*problem.arrays, metadata)
@@ -258,7 +259,7 @@ class OnGpuTest(absltest.TestCase):
         problem = problems.make_problem(rng, rng.integers(0, 100, 16500), s_q=4, h_q=2)
         got = decode(*problem.arrays, causal=True)
         want = oracle.decode(*problem.arrays, causal=True)
-        plain = support.decode_in_low_precision(problem.arrays, 576**-0.5, True)
+        plain = oracle.decode(*problem.arrays, causal=True, rounded_to=problem.q.dtype)
         support.assert_decodes_well(self, got, want, plain, problem.q.dtype)
 
     def test_both_implementations_agree(self):

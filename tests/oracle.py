@@ -3,11 +3,19 @@
 import numpy as np
 
 
-def decode(q, k_cache, block_table, cache_seqlens, softmax_scale=576**-0.5, causal=False):
+def decode(
+    q, k_cache, block_table, cache_seqlens, softmax_scale=576**-0.5, causal=False, rounded_to=None
+):
     """Returns out [b, s_q, h_q, 512] and lse [b, h_q, s_q], float64.
 
-    Reads only the valid part of what it is given. Page ids outside the pool read as zeros.
+    Reads only the valid part of what it is given. Page ids outside the pool read as zeros. With
+    `rounded_to`, a 16-bit dtype, weights and results are rounded to it: what a plain computation
+    would do, whose error sets the scale for others.
     """
+
+    def rounded(x):
+        return x if rounded_to is None else x.astype(rounded_to).astype(np.float64)
+
     q, block_table, cache_seqlens = (np.asarray(x) for x in (q, block_table, cache_seqlens))
     k_cache = np.asarray(k_cache)
     batch, s_q, h_q, _ = q.shape
@@ -33,6 +41,6 @@ def decode(q, k_cache, block_table, cache_seqlens, softmax_scale=576**-0.5, caus
                 top = scores.max(axis=1, keepdims=True)
                 weights = np.exp(scores - top)
                 total = weights.sum(axis=1, keepdims=True)
-                out[i, token, rows] = (weights / total) @ seen[:, :512]
+                out[i, token, rows] = rounded(rounded(weights) @ seen[:, :512] / total)
                 lse[i, rows, token] = (top + np.log(total))[:, 0]
     return out, lse
