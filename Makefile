@@ -55,7 +55,7 @@ tables: $(VENV)/ready
 	@$(RUN) -m benchmarks.tables
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist .bazel
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist .bazel bazel-out
 
 $(VENV)/ready: $(SETUP)
 	@command -v $(PYTHON) >/dev/null || { echo "jax_flashmla: Python 3.11 or newer is needed, \
