@@ -8,13 +8,18 @@ load(":native.bzl", "NATIVE")
 # Whether targets with kernels are built where neither --config=cuda nor --config=nocuda says so.
 HAVE_CUDA = bool(NVCC and FOUND["cutlass"] and FOUND["nanobind"])
 
+def native_sources(*kinds):
+    """The labels of the manifest's sources of these kinds."""
+    sources = [source for kind in kinds for source in NATIVE[kind]]
+    return ["//%s:%s" % (folder, name) for folder, _, name in [source.rpartition("/") for source in sources]]
+
 def _nvcc_objects_impl(ctx):
     if not NVCC:
         fail("jax_flashmla: no nvcc 12.4 or newer: install the CUDA toolkit and set CUDA_HOME, or " +
              "build with --config=nocuda")
     if not FOUND["cutlass"] or not FOUND["nanobind"]:
         fail("jax_flashmla: the Python environment lacks CUTLASS or nanobind: run `pip install nvidia-cutlass nanobind` in it, or build with --config=nocuda")
-    headers = depset(transitive = [dep[CcInfo].compilation_context.headers for dep in ctx.attr.deps])
+    headers = ctx.attr.headers[CcInfo].compilation_context.headers
     objects = []
     for source in ctx.files.srcs:
         out = ctx.actions.declare_file("%s/%s.pic.o" % (ctx.label.name, source.basename))
@@ -35,13 +40,13 @@ def _nvcc_objects_impl(ctx):
 _nvcc_objects = rule(
     implementation = _nvcc_objects_impl,
     attrs = {
-        "deps": attr.label_list(providers = [CcInfo]),
+        "headers": attr.label(providers = [CcInfo]),
         "srcs": attr.label_list(allow_files = [".cu"]),
         "_strict_nvcc": attr.label(default = "//tools:strict_nvcc.py", allow_single_file = True),
     },
 )
 
-def cuda_library(name, kernels, headers, srcs = [], hdrs = [], deps = [], **kwargs):
+def cuda_library(name, kernels, headers, srcs = [], hdrs = [], **kwargs):
     """A cc_library of CUDA sources, and C++ sources beside them.
 
     Args:
@@ -50,14 +55,13 @@ def cuda_library(name, kernels, headers, srcs = [], hdrs = [], deps = [], **kwar
       headers: a cc_library of all headers that they include, but CUTLASS's.
       srcs: C++ sources.
       hdrs: public headers.
-      deps: of the library.
       **kwargs: of the library.
     """
     _nvcc_objects(
         name = name + "_objects",
         srcs = kernels,
+        headers = headers,
         tags = ["manual"],
-        deps = [headers],
     )
     cc_library(
         name = name,
@@ -65,6 +69,6 @@ def cuda_library(name, kernels, headers, srcs = [], hdrs = [], deps = [], **kwar
         hdrs = hdrs,
         alwayslink = True,
         copts = NATIVE["cxx_flags"],
-        deps = deps + [headers],
+        deps = [headers],
         **kwargs
     )

@@ -80,6 +80,17 @@ def shape(name: str, value: jax.Array, expected: tuple[int | str, ...], given: s
         raise ValueError(f"{name}: expected shape {wanted}{given and f' ({given})'}, got {got}")
 
 
+def table_and_lengths(block_table, cache_seqlens, groups, batch, given: str):
+    """The page table and the lengths of `batch` sequences in each group, as int32 arrays."""
+    block_table = int32_array("block_table", block_table)
+    shape("block_table", block_table, (*groups, batch, "max_blocks"), given)
+    if block_table.shape[-1] == 0:
+        raise ValueError("block_table: expected at least one column, got max_blocks 0")
+    cache_seqlens = int32_array("cache_seqlens", cache_seqlens)
+    shape("cache_seqlens", cache_seqlens, (*groups, batch), given)
+    return block_table, cache_seqlens
+
+
 def _kind(value) -> str:
     if isinstance(value, Tracer):
         return "a traced value (pass it by closure, or mark it static in jax.jit)"

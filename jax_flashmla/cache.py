@@ -53,12 +53,9 @@ def append_kv_cache(
     given = "group axes and h_kv as k_cache's"
     arguments.shape("new_kv", new_kv, (*groups, "b", "s_q", h_kv, HEAD_DIM), given)
     batch = new_kv.shape[-4]
-    block_table = arguments.int32_array("block_table", block_table)
-    arguments.shape("block_table", block_table, (*groups, batch, "max_blocks"), "b as new_kv's")
-    if block_table.shape[-1] == 0:
-        raise ValueError("block_table: expected at least one column, got max_blocks 0")
-    cache_seqlens = arguments.int32_array("cache_seqlens", cache_seqlens)
-    arguments.shape("cache_seqlens", cache_seqlens, (*groups, batch), "b as new_kv's")
+    block_table, cache_seqlens = arguments.table_and_lengths(
+        block_table, cache_seqlens, groups, batch, "b as new_kv's"
+    )
 
     (k_cache,) = append_p.bind(k_cache, new_kv, block_table, cache_seqlens, devices=needs_devices())
     return k_cache

@@ -85,12 +85,9 @@ def flash_mla_with_kvcache(
             f"q: expected h_q a positive multiple of k_cache's h_kv, got h_q {h_q} and h_kv {h_kv}"
         )
 
-    block_table = arguments.int32_array("block_table", block_table)
-    arguments.shape("block_table", block_table, (*groups, batch, "max_blocks"), "b as q's")
-    if block_table.shape[-1] == 0:
-        raise ValueError("block_table: expected at least one column, got max_blocks 0")
-    cache_seqlens = arguments.int32_array("cache_seqlens", cache_seqlens)
-    arguments.shape("cache_seqlens", cache_seqlens, (*groups, batch), "b as q's")
+    block_table, cache_seqlens = arguments.table_and_lengths(
+        block_table, cache_seqlens, groups, batch, "b as q's"
+    )
     if arguments.static_int("head_dim_v", head_dim_v) != LATENT_DIM:
         raise ValueError(f"head_dim_v: expected {LATENT_DIM}, got {head_dim_v}")
 

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 from absl.testing import absltest, parameterized
 from hypothesis import given, settings
@@ -10,6 +9,7 @@ from hypothesis import strategies as st
 
 from jax_flashmla import append_kv_cache, flash_mla_with_kvcache
 from tests import oracle, problems
+from tests.support import assert_same_bits, skip_if_scatters_copy
 
 PAGE = 64
 
@@ -30,10 +30,6 @@ def append_in_numpy(k_cache, new_kv, block_table, cache_seqlens):
                 if 0 <= page < len(k_cache):
                     k_cache[page, position % PAGE] = new_kv[i, token]
     return k_cache
-
-
-def assert_same_bits(got, want):
-    np.testing.assert_array_equal(np.asarray(got).view(np.uint16), want.view(np.uint16))
 
 
 class AppendTest(parameterized.TestCase):
@@ -118,9 +114,7 @@ class AppendTest(parameterized.TestCase):
 
 class InPlaceTest(absltest.TestCase):
     def test_no_copy_of_a_donated_pool(self):
-        version = tuple(map(int, jaxlib.__version__.split(".")[:2]))
-        if jax.default_backend() == "cpu" and version < (0, 11):
-            self.skipTest("XLA:CPU of jaxlib 0.10 scatters 16-bit floats through a float32 copy")
+        skip_if_scatters_copy(self)
         pool = jnp.zeros((500, PAGE, 1, 576), jnp.bfloat16)
         shapes = ((8, 2, 1, 576), (8, 60), (8,))
         dtypes = (jnp.bfloat16, jnp.int32, jnp.int32)

@@ -2,13 +2,12 @@
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 from absl.testing import absltest
 from jax import lax
 
 from jax_flashmla import append_kv_cache, flash_mla_with_kvcache, get_mla_metadata
-from tests import oracle, problems
+from tests import oracle, problems, support
 
 LAYERS, PAGES, BATCH = 4, 1000, 4
 
@@ -46,22 +45,15 @@ def unrolled_layers(pools, q, new_kv, block_table, cache_seqlens):
     return new_pools, q
 
 
-def types(*shapes):
+def operands(pages):
+    shapes = (pages, 64, 1, 576), (BATCH, 1, 16, 576), (BATCH, 1, 1, 576), (BATCH, 20), (BATCH,)
     dtypes = jnp.bfloat16, jnp.bfloat16, jnp.bfloat16, jnp.int32, jnp.int32
     return [jax.ShapeDtypeStruct(*x) for x in zip(shapes, dtypes, strict=True)]
 
 
-def operands(pages):
-    return types(
-        (pages, 64, 1, 576), (BATCH, 1, 16, 576), (BATCH, 1, 1, 576), (BATCH, 20), (BATCH,)
-    )
-
-
 class MemoryTest(absltest.TestCase):
     def check_donated(self, fun, args):
-        version = tuple(map(int, jaxlib.__version__.split(".")[:2]))
-        if jax.default_backend() == "cpu" and version < (0, 11):
-            self.skipTest("XLA:CPU of jaxlib 0.10 scatters 16-bit floats through a float32 copy")
+        support.skip_if_scatters_copy(self)
         memory = jax.jit(fun, donate_argnums=0).lower(*args).compile().memory_analysis()
         pool = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(args[0]))
         self.assertEqual(memory.alias_size_in_bytes, pool)

@@ -98,9 +98,7 @@ class MultiGpuTest(parameterized.TestCase):
         self.assertLess(memory.output_size_in_bytes - memory.alias_size_in_bytes, pool // 4)
         for i, part in enumerate(parts):
             rows = append_kv_cache(part.k_cache, new_kv[i], part.block_table, part.cache_seqlens)
-            np.testing.assert_array_equal(
-                k_cache[i].view(np.uint16), np.asarray(rows).view(np.uint16)
-            )
+            support.assert_same_bits(k_cache[i], rows)
             self.check(
                 [x[i] for x in got], (part.q, k_cache[i], part.block_table, part.cache_seqlens)
             )

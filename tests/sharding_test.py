@@ -13,7 +13,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jax_flashmla import append_kv_cache, flash_mla_with_kvcache, get_mla_metadata
-from tests import oracle, problems
+from tests import oracle, problems, support
 from tests.meshes import MeshTest, collectives, make_mesh, put
 
 
@@ -23,6 +23,27 @@ def plan_and_decode(q, *rest, planned, pair):
     metadata = get_mla_metadata(rest[-1], q.shape[-3] * q.shape[-2] // h_kv, h_kv)
     q = (q[..., :512], q[..., 512:]) if pair else q
     return flash_mla_with_kvcache(q, *rest, 512, *(metadata if planned else ()), causal=True)
+
+
+def two_layers(q, *rest):
+    def layer(q, _):
+        out, lse = flash_mla_with_kvcache(q, *rest)
+        return q.at[..., :512].set(out), lse
+
+    return lax.scan(layer, q, length=2)
+
+
+# `spec`: the mesh axes of the batch and of the heads.
+WAYS_TO_DIVIDE = parameterized.product(
+    spec=(
+        ("data", "model"),
+        (("data", "model"), None),
+        (None, ("data", "model")),
+        (None, None),
+    ),
+    planned=(False, True),
+    pair=(False, True),
+)
 
 
 class ShardMapTest(MeshTest):
@@ -110,16 +131,7 @@ class AutomaticTest(MeshTest):
         self.assertTrue(got[0].sharding.is_equivalent_to(operands[0].sharding, got[0].ndim))
         self.assert_close([np.asarray(x) for x in got], want)
 
-    @parameterized.product(
-        spec=(
-            ("data", "model"),
-            (("data", "model"), None),
-            (None, ("data", "model")),
-            (None, None),
-        ),
-        planned=(False, True),
-        pair=(False, True),
-    )
+    @WAYS_TO_DIVIDE
     def test_batch_and_heads(self, spec, planned, pair):
         batch, heads = spec
         problem = problems.make_problem(self.rng, self.rng.integers(0, 400, 8), s_q=2)
@@ -139,14 +151,7 @@ class AutomaticTest(MeshTest):
         specs = (("data", None, "model"), (), ("data",), ("data",))
         operands = put(self.mesh, problem.arrays, specs)
 
-        @functools.partial(jax.jit, donate_argnums=0)
-        def layers(q, *rest):
-            def layer(q, _):
-                out, lse = flash_mla_with_kvcache(q, *rest)
-                return q.at[..., :512].set(out), lse
-
-            return lax.scan(layer, q, length=2)
-
+        layers = jax.jit(two_layers, donate_argnums=0)
         want = layers(*(jnp.asarray(x).copy() for x in problem.arrays))[1]
         self.assertEqual(collectives(layers.lower(*operands).compile()), [])
         np.testing.assert_allclose(layers(*operands)[1], want, atol=1e-2)
@@ -186,16 +191,7 @@ class ExplicitTest(MeshTest):
         super().setUp()
         self.mesh = make_mesh((2, 4), ("data", "model"), AxisType.Explicit)
 
-    @parameterized.product(
-        spec=(
-            ("data", "model"),
-            (("data", "model"), None),
-            (None, ("data", "model")),
-            (None, None),
-        ),
-        planned=(False, True),
-        pair=(False, True),
-    )
+    @WAYS_TO_DIVIDE
     def test_batch_and_heads(self, spec, planned, pair):
         batch, heads = spec
         problem = problems.make_problem(self.rng, self.rng.integers(0, 400, 8), s_q=2)
@@ -245,14 +241,7 @@ class ExplicitTest(MeshTest):
             self.mesh, problem.arrays, (("data", None, "model"), (), ("data",), ("data",))
         )
 
-        @jax.jit
-        def layers(q, *rest):
-            def layer(q, _):
-                out, lse = flash_mla_with_kvcache(q, *rest)
-                return q.at[..., :512].set(out), lse
-
-            return lax.scan(layer, q, length=2)
-
+        layers = jax.jit(two_layers)
         with jax.set_mesh(self.mesh):
             compiled = layers.lower(*operands).compile()
             got = layers(*operands)[1]
@@ -324,9 +313,7 @@ class AppendTest(MeshTest):
             k_cache, *got = (np.asarray(x) for x in step(*operands))
         for i, part in enumerate(parts):
             rows = append_kv_cache(part.k_cache, new_kv[i], part.block_table, part.cache_seqlens)
-            np.testing.assert_array_equal(
-                k_cache[i].view(np.uint16), np.asarray(rows).view(np.uint16)
-            )
+            support.assert_same_bits(k_cache[i], rows)
             want = oracle.decode(part.q, k_cache[i], part.block_table, part.cache_seqlens)
             self.assert_close([x[i] for x in got], want)
 
@@ -343,7 +330,7 @@ class AppendTest(MeshTest):
             self.assertEqual(collectives(append.lower(*operands).compile()), [])
             got = np.asarray(append(*operands))
         want = np.asarray(append_kv_cache(*arrays))
-        np.testing.assert_array_equal(got.view(np.uint16), want.view(np.uint16))
+        support.assert_same_bits(got, want)
 
     @parameterized.named_parameters(
         ("pages", 0, P("data"), "k_cache: expected only group axes and h_kv to be sharded"),
