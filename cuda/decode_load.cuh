@@ -24,18 +24,20 @@ __device__ __forceinline__ void load_box(const CUtensorMap* map, FullBarrier& ba
 // Block `block` of a sequence as a page of all groups' pages; -1: a page that does not exist.
 __device__ __forceinline__ int find_page(const DecodeParams& p, const Work& work, int seq,
                                          int block) {
+  if (seq >= p.batch || block >= p.max_blocks) return -1;
   const int64_t group_seq = static_cast<int64_t>(work.group) * p.batch + seq;
   const int page = p.block_table[group_seq * p.max_blocks + block];
   return page < 0 || page >= p.num_blocks ? -1 : work.group * p.num_blocks + page;
 }
 
-// One thread copies the queries of every item, in boxes of rows that are neighbours in memory. The
-// left half goes into the ring of halves.
+// A thread copies the left half of the queries of every item, into the ring of halves, another one
+// the rest: in boxes of rows that are neighbours in memory.
 template <typename Element>
 __device__ __forceinline__ void load_queries(const DecodeParams& p, const TensorMaps& maps,
-                                             SharedMemory<Element>& smem) {
+                                             SharedMemory<Element>& smem, int side) {
   constexpr auto kHint = static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_NORMAL);
   const Work& work = smem.work;
+  const bool left = side == kLeft;
   const int box = maps.q_box_rows;
   const int boxes = (min(p.num_rows() - work.tile * kRowTile, kRowTile) + box - 1) / box;
   const int tile_bytes = boxes * box * 128;
@@ -45,18 +47,17 @@ __device__ __forceinline__ void load_queries(const DecodeParams& p, const Tensor
   for (int seq = work.begin_seq; has_item(work, seq); ++seq) {
     const Item item = find_item(p, work, seq);
     if (item.blocks() == 0) continue;
-    // First, since a parity tells only whether a ring's slot is one turn ahead: now it is no more.
+    // The left half, too, waits for all scores of the item before: it is then no more than one turn
+    // of the ring ahead, which is what a parity can tell.
     smem.q_empty.wait(q_parity ^ 1);
+    if (!left) smem.q_full.arrive_and_expect_tx((kTiles - kHalfTiles) * tile_bytes);
 #pragma unroll 1
-    for (int tile = 0; tile < kTiles; ++tile) {
-      const bool left = tile < kHalfTiles;
+    for (int tile = left ? 0 : kHalfTiles; tile < (left ? kHalfTiles : kTiles); ++tile) {
       const int part = tile / kPartTiles;
       FullBarrier& barrier = left ? smem.half_full[half.slot][part] : smem.q_full;
       if (left && tile % kPartTiles == 0) {
         smem.half_empty[half.slot][part].wait(half.parity ^ 1);
         barrier.arrive_and_expect_tx(kPartTiles * tile_bytes);
-      } else if (tile == kHalfTiles) {
-        barrier.arrive_and_expect_tx((kTiles - kHalfTiles) * tile_bytes);
       }
       Element* const target = left ? smem.halves[half.slot][tile] : smem.q[tile - kHalfTiles];
       const CUtensorMap* const map = tile == kRopeTile ? &maps.q_rope : &maps.q_nope;
@@ -73,7 +74,7 @@ __device__ __forceinline__ void load_queries(const DecodeParams& p, const Tensor
   }
 }
 
-// Another thread copies the keys of every item, in the order of their use. Each CTA of a cluster
+// A third thread copies the keys of every item, in the order of their use. Each CTA of a cluster
 // copies its share.
 template <int kCtas, typename Element>
 __device__ __forceinline__ void load_keys(const DecodeParams& p, const TensorMaps& maps,
@@ -85,8 +86,11 @@ __device__ __forceinline__ void load_keys(const DecodeParams& p, const TensorMap
   const auto load_half = [&](int first_tile, int page) {
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      smem.half_empty[half.slot][part].wait(half.parity ^ 1);
       FullBarrier& barrier = smem.half_full[half.slot][part];
+      // What was in the slot has landed, since that may have been queries, which another thread
+      // loads: until they have, the parity of `half_empty` is that of a turn too early.
+      barrier.wait(half.parity ^ 1);
+      smem.half_empty[half.slot][part].wait(half.parity ^ 1);
       barrier.arrive_and_expect_tx(kPartTiles * kTileBytes);
       if (!is_mine(part)) continue;
       load_box<kCtas>(&maps.keys, barrier, smem.halves[half.slot][part * kPartTiles],
@@ -94,15 +98,16 @@ __device__ __forceinline__ void load_keys(const DecodeParams& p, const TensorMap
     }
     half.advance();
   };
+  // Each page is looked up before it is needed: the first before its sequence's length has come.
+  int page = find_page(p, work, work.begin_seq, work.begin_block);
 #pragma unroll 1
   for (int seq = work.begin_seq; has_item(work, seq); ++seq) {
     const Item item = find_item(p, work, seq);
-    if (item.blocks() == 0) continue;
-    half.advance();  // the queries
-    int page = find_page(p, work, seq, item.first);
+    if (item.blocks() > 0) half.advance();  // the queries
 #pragma unroll 1
     for (int block = item.first; block < item.last; ++block) {
-      const int next = block + 1 < item.last ? find_page(p, work, seq, block + 1) : 0;
+      const bool last = block + 1 == item.last;
+      const int next = find_page(p, work, last ? seq + 1 : seq, last ? 0 : block + 1);
       load_half(0, page);
       smem.rope_empty[rope.slot].wait(rope.parity ^ 1);
       FullBarrier& barrier = smem.rope_full[rope.slot];
@@ -114,14 +119,15 @@ __device__ __forceinline__ void load_keys(const DecodeParams& p, const TensorMap
       load_half(kHalfTiles, page);
       page = next;
     }
+    if (item.blocks() == 0) page = find_page(p, work, seq + 1, 0);
   }
 }
 
 // All threads, once: zeroes the rows of q that do not exist; no sequence writes them.
 template <typename Element>
 __device__ __forceinline__ void clear_missing_rows(const DecodeParams& p,
-                                                   SharedMemory<Element>& smem, const Work& work) {
-  const int rows = min(p.num_rows() - work.tile * kRowTile, kRowTile);
+                                                   SharedMemory<Element>& smem, int row_tile) {
+  const int rows = min(p.num_rows() - row_tile * kRowTile, kRowTile);
 #pragma unroll 1
   for (int tile = 0; tile < kTiles - kHalfTiles; ++tile) {
     uint4* vectors = reinterpret_cast<uint4*>(smem.q[tile]);

@@ -246,6 +246,8 @@ __device__ __forceinline__ void run_scores(const DecodeParams& p, SharedMemory<E
         smem.half_full[half.slot][part].wait(half.parity);
       }
       const Tensor q_left = read_queries(smem.halves[half.slot], p, work, rows, thread);
+      // Without a fence, the arrival overtakes the reads, and keys land before they are done.
+      cutlass::arch::fence_view_async_shared();
       __syncwarp();
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {

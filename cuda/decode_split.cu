@@ -37,18 +37,18 @@ __global__ void __launch_bounds__(kThreads, 1)
     split_kernel(const __grid_constant__ DecodeParams p, const __grid_constant__ TensorMaps maps) {
   extern __shared__ __align__(1024) char raw[];
   auto& smem = *reinterpret_cast<SharedMemory<Element>*>(raw);
+  const Work work = find_work(p);  // on its way while shared memory is set up
+  // The combine kernel may take its place on an SM as soon as that has no more work.
+  cudaTriggerProgrammaticLaunchCompletion();
   if (threadIdx.x == 0) {
     for (const CUtensorMap* map : {&maps.keys, &maps.rope_keys, &maps.q_nope, &maps.q_rope}) {
       cute::prefetch_tma_descriptor(reinterpret_cast<const TmaDescriptor*>(map));
     }
     init_barriers<kCtas>(smem);
   }
-  {
-    const Work work = find_work(p);
-    if (!has_item(work, work.begin_seq)) return;
-    if (threadIdx.x == 0) smem.work = work;
-    clear_missing_rows(p, smem, work);
-  }
+  clear_missing_rows(p, smem, work.tile);
+  if (!has_item(work, work.begin_seq)) return;
+  if (threadIdx.x == 0) smem.work = work;
   if constexpr (kCtas == 1) {
     __syncthreads();
   } else {
@@ -60,7 +60,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (role == kLoader) {
     cutlass::arch::warpgroup_reg_dealloc<40>();
     if (thread == 0) load_keys<kCtas>(p, maps, smem);
-    if (thread == 32) load_queries(p, maps, smem);
+    if (thread == 32) load_queries(p, maps, smem, kLeft);
+    if (thread == 64) load_queries(p, maps, smem, kRight);
   } else if (role == kScores) {
     cutlass::arch::warpgroup_reg_alloc<152>();
     run_scores<kCtas>(p, smem, thread);

@@ -73,7 +73,9 @@ def decode_xla(q, k_cache, block_table, cache_seqlens, *, softmax_scale, causal,
     pages_per_step = walk.tokens_per_step // (max(_extent(batch, 32), 1) * page)
     pages_per_step = max(1, min(pages_per_step, _extent(max_blocks, 256) // walk.steps_per_table))
     tokens = pages_per_step * page
-    block_table = jnp.pad(block_table, ((0, 0), (0, -max_blocks % pages_per_step)))
+    # Written so that a symbolic extent is known to have room for a step.
+    padded = (max_blocks + pages_per_step - 1) // pages_per_step * pages_per_step
+    block_table = jnp.pad(block_table, ((0, 0), (0, padded - max_blocks)))
 
     def attend_to_some_pages(step, carry):
         row_max, row_sum, out = carry

@@ -106,6 +106,18 @@ class DecodeMatrixTest(parameterized.TestCase):
                     q.dtype,
                 )
 
+    @parameterized.parameters((64, 4, 20, 126), (512, 1, 20, 16), (256, 2, 64, 64))
+    def test_the_same_bits_for_many_short_sequences(self, batch, s_q, keys, h_q):
+        # Several sequences of one block for each thread block: buffers change hands at once.
+        problem = problems.make_problem(self.rng, np.full(batch, keys), s_q=s_q, h_q=h_q)
+        arrays = [jnp.asarray(x) for x in problem.arrays]
+        metadata = plan(arrays[-1], s_q * h_q, 1)
+        first = launch(arrays, metadata, 1, True)
+        for _ in range(100):
+            again = launch(arrays, metadata, 1, True)
+            np.testing.assert_array_equal(first[0], again[0])
+            np.testing.assert_array_equal(first[1], again[1])
+
     def test_the_same_bits_while_another_stream_is_busy(self):
         lengths = self.rng.integers(0, 5000, 48)
         problem = problems.make_problem(self.rng, lengths, s_q=2, h_q=128)

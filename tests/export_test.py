@@ -132,6 +132,12 @@ class ExportTest(parameterized.TestCase):
             problem = problems.make_problem(self.rng, lengths, s_q=2)
             self.assert_close(loaded.call(*problem.arrays), problem)
 
+    def test_any_batch_on_an_accelerator(self):
+        # Which walks the pages in other steps. That it lowers is what can be seen anywhere.
+        problem = problems.make_problem(self.rng, [3, 65])
+        exported = jax.export.export(jax.jit(step), platforms=["cuda"])(*symbolic_operands(problem))
+        self.assertEqual(exported.platforms, ("cuda",))
+
     def test_any_batch_of_an_append(self):
         problem = problems.make_problem(self.rng, [3, 65])
         new_kv = np.ones((2, 1, 1, 576), jnp.bfloat16)

@@ -105,7 +105,7 @@ class ToolchainTest(absltest.TestCase):
 
     def find(self, **environment):
         with (
-            mock.patch.dict(os.environ, PATH="", **environment),
+            mock.patch.dict(os.environ, {"PATH": "", **environment}, clear=True),
             mock.patch.object(toolchain, "_nvcc_in_wheel", return_value=None),
             mock.patch.object(toolchain, "DEFAULT_NVCC", "/nope"),
         ):

@@ -19,7 +19,7 @@ trap 'rm -rf "$work"' EXIT
 python3 -m pip install --quiet --no-index --no-deps --no-compile --target "$work/site" "$wheel" || exit 1
 
 # Copies, so that the package under test is the wheel's and not the checkout's.
-for name in tests benchmarks examples tools cuda LICENSE Makefile README.md pyproject.toml; do
+for name in tests benchmarks examples tools cuda CMakeLists.txt LICENSE Makefile README.md pyproject.toml; do
   cp -r "$root/$name" "$work"
 done
 # Set it where the files have travelled without their history.
