@@ -20,7 +20,7 @@ from jax_flashmla import flash_mla_with_kvcache, get_mla_metadata
 
 LAYERS = 61  # DeepSeek-V3's
 CASES = [(1, 16, 4096), (8, 16, 4096), (32, 16, 4096), (128, 16, 4096), (32, 128, 4096)]
-ROUNDS = 5
+ROUNDS = 15
 
 
 @functools.partial(jax.jit, static_argnums=4)

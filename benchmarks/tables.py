@@ -156,7 +156,7 @@ TABLES = {
     "decode": decode,
     "layers": layers,
     "planner": planner,
-    "sharded_2": lambda: sharded(2),
+    "sharded_4": lambda: sharded(4),
     "xla_decode_cpu": lambda: xla_decode("cpu"),
     "xla_decode_gpu": lambda: xla_decode("gpu"),
 }
