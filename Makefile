@@ -10,7 +10,7 @@ RUN := $(VENV)/bin/python
 NATIVE_SOURCES := $(shell find cuda -name '*.cu*' -o -name '*.cc' -o -name '*.h')
 SETUP := pyproject.toml CMakeLists.txt $(wildcard tools/*.py) $(NATIVE_SOURCES)
 
-.PHONY: demo test test-oldest test-bazel lint format wheel bench tables clean
+.PHONY: demo test test-oldest test-bazel lint format docs wheel bench tables clean
 
 demo: $(VENV)/ready
 	@$(RUN) examples/decode_loop.py
@@ -26,16 +26,21 @@ test-oldest:
 test-bazel: $(VENV)/ready
 	@JAX_FLASHMLA_PYTHON=$(abspath $(RUN)) bazel test //... --config=nocuda
 
-lint: $(VENV)/ready-to-lint
+lint: $(VENV)/ready-for-lint
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/clang-format --dry-run -Werror $(NATIVE_SOURCES)
 	@$(RUN) -m benchmarks.tables --check
 
-format: $(VENV)/ready-to-lint
+format: $(VENV)/ready-for-lint
 	@$(VENV)/bin/ruff check --fix .
 	@$(VENV)/bin/ruff format .
 	@$(VENV)/bin/clang-format -i $(NATIVE_SOURCES)
+
+# The documentation, in build/docs/.
+docs: $(VENV)/ready-for-docs
+	@$(RUN) -m sphinx -q -W --keep-going docs build/docs
+	@echo build/docs/index.html
 
 # A wheel with the kernels, for the interpreter PYTHON, in dist/.
 wheel: build/wheel-venv-$(subst /,-,$(PYTHON))/ready
@@ -63,9 +68,10 @@ $(VENV)/ready: $(SETUP)
 	@$(PYTHON) tools/setup_env.py $(VENV) demo,test
 	@touch $@
 
-$(VENV)/ready-to-lint: $(VENV)/ready
+# What an extra of pyproject.toml names.
+$(VENV)/ready-for-%: $(VENV)/ready
 	@$(RUN) -m pip install --quiet --disable-pip-version-check $$($(RUN) -c \
-	  'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["lint"])')
+	  'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$*"])')
 	@touch $@
 
 build/wheel-venv-%/ready:

@@ -39,6 +39,16 @@ def append_kv_cache(
 
     Raises:
       TypeError, ValueError: an argument has the wrong dtype, rank or shape.
+
+    Example:
+      The 65th token of a sequence is row 0 of its second page, which is page 7:
+
+      >>> pool = jnp.zeros((8, 64, 1, 576), jnp.bfloat16)
+      >>> new_kv = jnp.ones((1, 1, 1, 576), jnp.bfloat16)
+      >>> table, lengths = jnp.array([[3, 7]], jnp.int32), jnp.array([65], jnp.int32)
+      >>> pool = jax.jit(append_kv_cache, donate_argnums=0)(pool, new_kv, table, lengths)
+      >>> print(pool[7, 0, 0, 0], pool[7, 1, 0, 0])
+      1 0
     """
     k_cache = arguments.array("k_cache", k_cache)
     if k_cache.dtype not in arguments.QUERY_DTYPES:

@@ -38,7 +38,7 @@ def local_seqlens(
       split: `"interleaved"` or `"contiguous"`.
 
     Returns:
-      int32 in the shape of `cache_seqlens`: always the first so many of the device's own tokens.
+      int32 in the shape of `cache_seqlens`; always the first so many of the device's own tokens.
       Tokens for which the tables of all devices together have no room do not count.
 
     Raises:

@@ -51,7 +51,7 @@ def flash_mla_with_kvcache(
         outside the pool reads as zeros.
       cache_seqlens: `[*G, b]` int32, the valid tokens of each sequence, the new ones included;
         clamped to what the table holds.
-      head_dim_v: 512.
+      head_dim_v: columns of the value, 512.
       tile_scheduler_metadata: `[*G, num_sm_parts, 8]` int32 and
       num_splits: `[*G, b + 1]` int32, from `get_mla_metadata`. Both `None`: plan inside the call.
       softmax_scale: default `576 ** -0.5`.
@@ -67,6 +67,17 @@ def flash_mla_with_kvcache(
       TypeError, ValueError: an argument has the wrong type, dtype, rank, shape or value.
       RuntimeError: `implementation="cuda"` where the kernel cannot run; the message says why.
       NotImplementedError: under `jax.grad` or `jax.jvp`; decode has no derivative.
+
+    Example:
+      Two sequences, of 100 and 3 tokens, in pages of one pool:
+
+      >>> q = jnp.ones((2, 1, 16, 576), jnp.bfloat16)
+      >>> k_cache = jnp.ones((5, 64, 1, 576), jnp.bfloat16)
+      >>> block_table = jnp.array([[4, 0], [2, -1]], jnp.int32)
+      >>> cache_seqlens = jnp.array([100, 3], jnp.int32)
+      >>> out, lse = jax.jit(flash_mla_with_kvcache)(q, k_cache, block_table, cache_seqlens)
+      >>> out.shape, lse.shape
+      ((2, 1, 16, 512), (2, 16, 1))
     """
     q_parts, split_q = _check_q(q)
     dtype = q_parts[0].dtype

@@ -28,6 +28,15 @@ def merge_attention_states(
 
     Raises:
       TypeError, ValueError: the parts do not fit each other.
+
+    Example:
+      A part that weighs three times as much as the other:
+
+      >>> outs = jnp.zeros((1, 1, 1, 4)), jnp.ones((1, 1, 1, 4))
+      >>> lses = jnp.zeros((1, 1, 1)), jnp.full((1, 1, 1), jnp.log(3.0))
+      >>> out, lse = merge_attention_states(outs, lses)
+      >>> print(f"{out[0, 0, 0, 0]:.2f} {jnp.exp(lse[0, 0, 0]):.2f}")
+      0.75 4.00
     """
     outs, lses = _stack("outs", outs), _stack("lses", lses)
     if outs.ndim < 4:

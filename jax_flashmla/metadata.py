@@ -59,6 +59,14 @@ def get_mla_metadata(
     Raises:
       TypeError, ValueError: an argument has the wrong type, rank or value.
       RuntimeError: `implementation="cuda"` where the kernel cannot run.
+
+    Example:
+      One query token, 16 heads that share a KV head; on 132 SMs there are 132 partitions:
+
+      >>> lengths = jnp.array([100, 3], jnp.int32)
+      >>> metadata = jax.jit(lambda x: get_mla_metadata(x, 1 * 16, 1, num_sms=132))(lengths)
+      >>> metadata.tile_scheduler_metadata.shape, metadata.num_splits.shape
+      ((132, 8), (3,))
     """
     cache_seqlens = arguments.int32_array("cache_seqlens", cache_seqlens)
     if cache_seqlens.ndim < 1:
