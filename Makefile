@@ -10,7 +10,7 @@ RUN := $(VENV)/bin/python
 NATIVE_SOURCES := $(shell find cuda -name '*.cu*' -o -name '*.cc' -o -name '*.h')
 SETUP := pyproject.toml CMakeLists.txt $(wildcard tools/*.py) $(NATIVE_SOURCES)
 
-.PHONY: demo test test-oldest test-bazel lint format docs wheel bench tables clean
+.PHONY: demo test test-oldest test-bazel lint format docs notebook wheel bench tables clean
 
 demo: $(VENV)/ready
 	@$(RUN) examples/decode_loop.py
@@ -41,6 +41,10 @@ format: $(VENV)/ready-for-lint
 docs: $(VENV)/ready-for-docs
 	@$(RUN) -m sphinx -q -W --keep-going docs build/docs
 	@echo build/docs/index.html
+
+# Runs the notebook and keeps its outputs.
+notebook: $(VENV)/ready-for-notebook
+	@$(VENV)/bin/jupyter execute --inplace notebooks/mla_decode.ipynb
 
 # A wheel with the kernels, for the interpreter PYTHON, in dist/.
 wheel: build/wheel-venv-$(subst /,-,$(PYTHON))/ready
