@@ -10,7 +10,7 @@ RUN := $(VENV)/bin/python
 NATIVE_SOURCES := $(shell find cuda -name '*.cu*' -o -name '*.cc' -o -name '*.h')
 SETUP := pyproject.toml CMakeLists.txt $(wildcard tools/*.py) $(NATIVE_SOURCES)
 
-.PHONY: demo test test-oldest test-bazel lint format docs notebook wheel bench tables clean
+.PHONY: demo test test-oldest test-bazel lint format docs notebook wheel bench figures clean
 
 demo: $(VENV)/ready
 	@$(RUN) examples/decode_loop.py
@@ -31,6 +31,7 @@ lint: $(VENV)/ready-for-lint
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/clang-format --dry-run -Werror $(NATIVE_SOURCES)
 	@$(RUN) -m benchmarks.tables --check
+	@$(RUN) -m benchmarks.figures --check
 
 format: $(VENV)/ready-for-lint
 	@$(VENV)/bin/ruff check --fix .
@@ -59,9 +60,10 @@ bench: $(VENV)/ready
 	-@$(RUN) -m benchmarks.decode
 	-@$(RUN) -m benchmarks.layers
 
-# The tables in README.md, from the JSON.
-tables: $(VENV)/ready
+# README.md's tables and the pictures, from the JSON.
+figures: $(VENV)/ready-for-figures
 	@$(RUN) -m benchmarks.tables
+	@$(RUN) -m benchmarks.figures
 
 clean:
 	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist .bazel bazel-out

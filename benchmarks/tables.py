@@ -9,7 +9,7 @@ import sys
 from benchmarks import report
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
-MARKED = r"(<!-- table:{name}: made by `make tables` -->\n).*?(<!-- end -->)"
+MARKED = r"(<!-- table:{name}: made by `make figures` -->\n).*?(<!-- end -->)"
 
 
 def load(name):
@@ -175,7 +175,7 @@ def main():
         if found != 1:
             sys.exit(f"README.md: expected one table {name!r}, found {found}")
     if args.check and new != text:
-        sys.exit("README.md's tables differ from benchmarks/results/: run `make tables`")
+        sys.exit("README.md's tables differ from benchmarks/results/: run `make figures`")
     if not args.check:
         README.write_text(new)
 

@@ -25,8 +25,8 @@ README = pathlib.Path(__file__).parent.parent / "README.md"
 def readme_section(heading):
     """A section of the README below its heading, links to the repository's files as plain words."""
     text = README.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    text = re.sub(r"; \[raw samples\]\([^)]*\)", "", text)
-    return re.sub(r"\[([^\]]+)\]\((?!https?:|#)[^)]*\)", r"\1", text)
+    text = re.sub(r"; \[raw samples\]\([^)]*\)", "", text).replace("(docs/_static/", "(./_static/")
+    return re.sub(r"\[([^\]]+)\]\((?!https?:|#|\./)[^)]*\)", r"\1", text)
 
 
 def adapt(app, docname, source):
