@@ -51,7 +51,7 @@ def draw_roofline(record, figure):
     matmul = sum(hot) / len(hot)
     ridge = matmul * 1e3 / read
     axes.plot([10, ridge, 600], [10 * read / 1e3, matmul, matmul], color="black", linewidth=1)
-    axes.annotate(f"{read:,.0f} GB/s read", (11, 90), fontsize=8)
+    axes.annotate(f"{read:,.0f} GB/s read", (11, 125), fontsize=8)
     axes.annotate(
         f"{matmul:.0f} TFLOP/s, a large product under load", (130, matmul * 1.08), fontsize=8
     )
