@@ -8,11 +8,29 @@ import argparse
 import json
 import pathlib
 import sys
+from typing import NamedTuple
 
 from benchmarks import report
 
 # What says which case a row is; the rest of a row was measured.
 IDENTITY = "what", "batch", "s_q", "heads", "tokens", "table_tokens"
+# Of the environment: what explains a difference.
+MACHINE = "device", "driver_version", "jax", "jaxlib"
+
+
+class Change(NamedTuple):
+    """A time of one case in two runs: medians in microseconds."""
+
+    case: str
+    time: str
+    before: float
+    after: float
+    moved: bool  # beyond the spreads
+
+    @property
+    def ratio(self):
+        """Above 1: slower."""
+        return self.after / self.before
 
 
 def load(path):
@@ -35,16 +53,16 @@ def _is_summary(value):
 
 
 def changes(before, after):
-    """Yields (case, time, before, after, ratio, moved) for every time that both runs have."""
+    """Every time that both runs have, what grew most first."""
+    found = []
     for identity in before.keys() & after.keys():
         case = ", ".join(f"{key} {value}" for key, value in identity if value is not None)
-        new_times = times(after[identity])
-        for name, old in times(before[identity]).items():
-            if name not in new_times:
-                continue
-            new = new_times[name]
+        old_times, new_times = times(before[identity]), times(after[identity])
+        for name in old_times.keys() & new_times.keys():
+            old, new = old_times[name], new_times[name]
             moved = new["p10"] > old["p90"] or new["p90"] < old["p10"]
-            yield case, name, old["median"], new["median"], new["median"] / old["median"], moved
+            found.append(Change(case, name, old["median"], new["median"], moved))
+    return sorted(found, key=lambda change: change.ratio, reverse=True)
 
 
 def main(arguments=None):
@@ -57,36 +75,33 @@ def main(arguments=None):
     )
     args = parser.parse_args(arguments)
     (old_machine, old), (new_machine, new) = load(args.before), load(args.after)
-    for key in old_machine.keys() | new_machine.keys():
-        pair = old_machine.get(key), new_machine.get(key)
-        if key in ("device", "driver_version", "jax", "jaxlib") and pair[0] != pair[1]:
-            print(f"not the same {key}: {pair[0]} and {pair[1]}")
-    for count, which in (
-        (len(old.keys() - new.keys()), "before"),
-        (len(new.keys() - old), "after"),
+    for key in MACHINE:
+        if old_machine.get(key) != new_machine.get(key):
+            print(f"not the same {key}: {old_machine.get(key)} and {new_machine.get(key)}")
+    for which, alone in (
+        ("before", old.keys() - new.keys()),
+        ("after", new.keys() - old.keys()),
     ):
-        if count:
-            print(f"{count} of the cases are only in the run {which}")
-    all_changes = sorted(changes(old, new), key=lambda change: change[4], reverse=True)
-    if not all_changes:
+        if alone:
+            print(f"{len(alone)} of the cases are only in the run {which}")
+    found = changes(old, new)
+    if not found:
         sys.exit("the two runs have no time of the same case in common")
-    moved = [change for change in all_changes if change[5]]
+    moved = [change for change in found if change.moved]
     if moved:
         report.print_table(
-            f"moved: {len(moved)} of {len(all_changes)} times",
+            f"moved: {len(moved)} of {len(found)} times",
             ["case", "time", "before, µs", "after, µs", "after / before"],
             [
-                [*change[:2], *(f"{x:.2f}" for x in change[2:4]), f"{change[4]:.3f}"]
-                for change in moved
+                [c.case, c.time, f"{c.before:.2f}", f"{c.after:.2f}", f"{c.ratio:.3f}"]
+                for c in moved
             ],
         )
     else:
-        print(f"none of {len(all_changes)} times moved beyond its spread")
-    slower = [change for change in moved if change[4] > 1 + args.threshold / 100]
+        print(f"none of {len(found)} times moved beyond its spread")
+    slower = [change for change in moved if change.ratio > 1 + args.threshold / 100]
     if slower:
-        sys.exit(
-            f"slower by more than {args.threshold:g} %: {len(slower)} of {len(all_changes)} times"
-        )
+        sys.exit(f"slower by more than {args.threshold:g} %: {len(slower)} of {len(found)} times")
 
 
 if __name__ == "__main__":

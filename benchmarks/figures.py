@@ -5,16 +5,17 @@ drawing, whether it is current.
 """
 
 import argparse
+import collections
 import hashlib
-import json
 import pathlib
+import statistics
 import sys
 
-from benchmarks import report
+from benchmarks import report, tables
+from benchmarks.decode import FULL_BATCH
 
+SOURCE = "decode"
 FOLDER = pathlib.Path(__file__).parent.parent / "docs" / "_static"
-BYTES_PER_KEY = 576 * 2
-FLOP_PER_KEY = 2 * (576 + 512)  # of a query row: its score, and its share of the output
 
 
 def label(row):
@@ -24,9 +25,9 @@ def label(row):
     return f"{row['batch']} x {tokens}, {row['heads']} heads{several}"
 
 
-def draw_ratios(rows, figure):
+def draw_ratios(record, figure):
     """How much longer the others take."""
-    axes = figure.subplots()
+    axes, rows = figure.subplots(), record["rows"]
     others = {"FlashMLA": "flashmla_us", "FlashAttention-3": "fa3_us"}
     height = 0.8 / len(others)
     for i, (name, key) in enumerate(others.items()):
@@ -45,30 +46,30 @@ def draw_ratios(rows, figure):
 def draw_roofline(record, figure):
     """Every case under the chip's ceilings of the run."""
     axes = figure.subplots()
-    ceilings = record["ceilings"].values()
-    read = sum(c["read_gb_per_s"] for c in ceilings) / len(ceilings)
-    hot = [r["hot_matmul_tflops"]["median"] for r in record["rows"] if "hot_matmul_tflops" in r]
-    matmul = sum(hot) / len(hot)
+    read = statistics.mean(c["read_gb_per_s"] for c in record["ceilings"].values())
+    matmul = statistics.mean(tables.hot_products(record))
     ridge = matmul * 1e3 / read
     axes.plot([10, ridge, 600], [10 * read / 1e3, matmul, matmul], color="black", linewidth=1)
     axes.annotate(f"{read:,.0f} GB/s read", (11, 125), fontsize=8)
     axes.annotate(
         f"{matmul:.0f} TFLOP/s, a large product under load", (130, matmul * 1.08), fontsize=8
     )
-    for batched, marker in ((True, "o"), (False, "x")):
-        for heads in sorted({row["heads"] for row in record["rows"]}):
-            rows = [
-                r for r in record["rows"] if r["heads"] == heads and (r["batch"] >= 32) == batched
-            ]
-            axes.scatter(
-                [r["s_q"] * heads * FLOP_PER_KEY / BYTES_PER_KEY for r in rows],
-                [r["tflops"] for r in rows],
-                marker=marker,
-                color={16: "C0", 32: "C1", 64: "C2", 128: "C3"}[heads],
-                label=f"{heads} heads, {'batch of 32 and more' if batched else 'few sequences'}"
-                if rows
-                else None,
-            )
+    kinds = {True: ("x", "few sequences"), False: ("o", f"batch of {FULL_BATCH} and more")}
+    colors = {
+        heads: f"C{i}" for i, heads in enumerate(sorted({r["heads"] for r in record["rows"]}))
+    }
+    cases = collections.defaultdict(list)
+    for row in record["rows"]:
+        point = row["tflops"] * 1e3 / row["gb_per_s"], row["tflops"]
+        cases[row["batch"] < FULL_BATCH, row["heads"]].append(point)
+    for (few, heads), points in sorted(cases.items()):
+        marker, kind = kinds[few]
+        axes.scatter(
+            *zip(*points, strict=True),
+            marker=marker,
+            color=colors[heads],
+            label=f"{heads} heads, {kind}",
+        )
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_ylim(8, 1300)
@@ -80,19 +81,20 @@ def draw_roofline(record, figure):
     axes.grid(alpha=0.3)
 
 
-FIGURES = {
-    "decode_ratios": (
-        "decode",
-        (8, 5.5),
-        lambda record, figure: draw_ratios(record["rows"], figure),
-    ),
-    "decode_roofline": ("decode", (7, 4.2), draw_roofline),
-}
+FIGURES = {"decode_ratios": ((8, 5.5), draw_ratios), "decode_roofline": ((7, 4.2), draw_roofline)}
 
 
-def digest(path):
-    """What a picture says of its JSON."""
-    return f"sha256 of {path.name}: {hashlib.sha256(path.read_bytes()).hexdigest()}"
+def save(name, source):
+    """Draws a figure and writes it; the same JSON gives the same file."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    mpl.rcParams["svg.hashsalt"] = name
+    size, draw = FIGURES[name]
+    figure = Figure(size, layout="tight")
+    draw(tables.load(SOURCE), figure)
+    metadata = {"Description": source, "Date": None, "Creator": None}
+    figure.savefig(FOLDER / f"{name}.svg", metadata=metadata)
 
 
 def main():
@@ -100,21 +102,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="only say whether they are current")
     check = parser.parse_args().check
-    for name, (result, size, draw) in FIGURES.items():
-        source = report.RESULTS / f"{result}.json"
+    path = report.RESULTS / f"{SOURCE}.json"
+    source = f"sha256 of {path.name}: {hashlib.sha256(path.read_bytes()).hexdigest()}"
+    for name in FIGURES:
         target = FOLDER / f"{name}.svg"
-        if check:
-            if not target.exists() or digest(source) not in target.read_text():
-                sys.exit(f"{target.name} is not of the present {source.name}: run `make figures`")
-            continue
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-
-        mpl.rcParams["svg.hashsalt"] = name  # the same drawing gives the same file
-        figure = Figure(size, layout="tight")
-        draw(json.loads(source.read_text()), figure)
-        metadata = {"Description": digest(source), "Date": None, "Creator": None}
-        figure.savefig(target, metadata=metadata)
+        if not check:
+            save(name, source)
+        elif not target.exists() or source not in target.read_text():
+            sys.exit(f"{target.name} is not of the present {path.name}: run `make figures`")
 
 
 if __name__ == "__main__":

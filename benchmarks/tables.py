@@ -71,6 +71,12 @@ def xla_decode(platform):
     return markdown_table(columns, rows) + source(name)
 
 
+def hot_products(record):
+    """TFLOP/s of the large matrix product between the samples of decode.json's rows."""
+    rows = record["rows"]
+    return [row["hot_matmul_tflops"]["median"] for row in rows if "hot_matmul_tflops" in row]
+
+
 def decode():
     """The decode kernel against its ceilings, the peers and plain XLA."""
     record = load("decode")
@@ -99,11 +105,8 @@ def decode():
         f"{ceiling['matmul_tflops']:.0f} TFLOP/s in a large matrix product."
         for when, ceiling in record["ceilings"].items()
     )
-    hot = [
-        row["hot_matmul_tflops"]["median"] for row in record["rows"] if "hot_matmul_tflops" in row
-    ]
-    if hot:
-        ceilings += f"\nThe product under load, between samples: {min(hot):.0f} to {max(hot):.0f}."
+    hot = hot_products(record)
+    ceilings += f"\nThe product under load, between samples: {min(hot):.0f} to {max(hot):.0f}."
     peers = json.loads(report.PEERS.read_text())["ceilings_same_run"]
     read, matmul = (" to ".join(f"{x:,}" for x in values) for values in peers.values())
     theirs = f"\nCeilings of the peers' run: {read} GB/s, {matmul} TFLOP/s.\n"

@@ -26,18 +26,13 @@ __device__ __forceinline__ void add_scaled(float4& sum, float weight, float4 v) 
   sum.w += weight * v.w;
 }
 
-__device__ __forceinline__ float warp_max(float x) {
+// Of all lanes' values.
+template <typename Combine>
+__device__ __forceinline__ float warp_reduce(float x, const Combine& combine) {
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) {
-    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, distance));
+    x = combine(x, __shfl_xor_sync(0xffffffffu, x, distance));
   }
-  return x;
-}
-
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2)
-    x += __shfl_xor_sync(0xffffffffu, x, distance);
   return x;
 }
 
@@ -77,6 +72,8 @@ struct Sum {
 template <typename S>
 __device__ __forceinline__ Sum<S::kVectors> add_splits(const float* lse, const float4* partial,
                                                        int splits, int64_t step, int lane) {
+  const auto larger = [](float x, float y) { return fmaxf(x, y); };
+  const auto add = [](float x, float y) { return x + y; };
   Sum<S::kVectors> sum;
   for (int begin = 0; begin < splits; begin += 32) {
     const int count = min(splits - begin, 32);
@@ -93,11 +90,11 @@ __device__ __forceinline__ Sum<S::kVectors> add_splits(const float* lse, const f
         for (int v = 0; v < S::kVectors; ++v) loaded[j][v] = first[j * step * kRowVectors + v * 32];
       }
       if (i == 0) {  // now that the first loads are on their way
-        const float top = fmaxf(sum.base, warp_max(mine));
+        const float top = fmaxf(sum.base, warp_reduce(mine, larger));
         if (top == -INFINITY) break;
         sum.rebase(top);
         weight = exp2f(mine - top);
-        sum.total += warp_sum(weight);
+        sum.total += warp_reduce(weight, add);
       }
 #pragma unroll
       for (int j = 0; j < S::kAhead; ++j) {
