@@ -41,7 +41,7 @@ def time_in_graph(lengths, num_sms):
         lengths,
         num_parts=planner.num_sm_parts(16, 1, num_sms),
         overhead_blocks=planner.OVERHEAD_BLOCKS,
-        min_split_blocks=planner.MIN_SPLIT_BLOCKS,
+        min_split_blocks=planner.min_split_blocks(16),
         split_cost_blocks=planner.SPLIT_COST_BLOCKS,
         launches=LAUNCHES,
         replays=REPLAYS,

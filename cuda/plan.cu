@@ -1,14 +1,47 @@
+#include <cutlass/fast_math.h>
+
 #include "cuda/block_scan.cuh"
 #include "cuda/plan.h"
 
 namespace jax_flashmla {
 namespace {
 
+// What the host can divide.
+struct Quotients {
+  cutlass::FastDivmod by_num_parts;
+  cutlass::FastDivmod by_min_split_blocks;
+  int seqs_of_part;
+  int parts_of_seq;
+
+  explicit Quotients(const PlanParams& p)
+      : by_num_parts(p.num_parts),
+        by_min_split_blocks(p.min_split_blocks),
+        seqs_of_part((p.batch + p.num_parts - 1) / p.num_parts),
+        parts_of_seq(p.batch > 0 ? p.num_parts / p.batch : 0) {}
+};
+
 // A sequence on the line of all work: `overhead` units, then one unit per block; 1 unit if empty.
 struct Interval {
   int start;
   int blocks;
   int extent;
+};
+
+// Divides often by one number.
+struct Divider {
+  int divisor;
+  float inverse;
+  __device__ explicit Divider(int d) : divisor(d) { inverse = __fdividef(1, d); }
+  __device__ __forceinline__ int estimate(int x) const {
+    return __float2int_rd(static_cast<float>(x) * inverse);
+  }
+  // Two estimates, since the first is off by some 2^-21 of a large quotient.
+  __device__ __forceinline__ int divide(int x) const {
+    int quotient = estimate(x);
+    quotient += estimate(x - quotient * divisor);
+    const int rest = x - quotient * divisor;
+    return quotient + (rest >= divisor) - (rest < 0);
+  }
 };
 
 // Where a cut falls: before block `block` of sequence `seq`, which starts its split `split`.
@@ -35,18 +68,18 @@ __device__ __forceinline__ int last_inner_point(const PlanParams& p, const Inter
 }
 
 __device__ __forceinline__ int count_splits(const PlanParams& p, const Interval& s,
-                                            int part_length) {
+                                            const Divider& part_length) {
   const int first = first_inner_point(p, s);
   const int last = last_inner_point(p, s);
-  return last < first ? 1 : 1 + last / part_length - (first - 1) / part_length;
+  return last < first ? 1 : 1 + part_length.divide(last) - part_length.divide(first - 1);
 }
 
 // Finds the sequence that cut number `cut` falls into, and moves the cut off its ends.
 // `chunk_starts[i]`: where the line of thread i's sequences starts, `per_thread` sequences each.
 template <int kThreads>
 __device__ Position locate_cut(const PlanParams& p, const int32_t* seqlens, const int* chunk_starts,
-                               int per_thread, int total, int part_length, int cut) {
-  const int x = cut * part_length;
+                               int per_thread, int total, const Divider& part_length, int cut) {
+  const int x = cut * part_length.divisor;
   if (x >= total) return {p.batch, 0, 0};
   int chunk = 0;  // the last one that starts at or before x
 #pragma unroll
@@ -63,41 +96,41 @@ __device__ Position locate_cut(const PlanParams& p, const int32_t* seqlens, cons
   if (s.blocks == 0 || block < min(p.min_split_blocks, (s.blocks + 1) / 2)) return {seq, 0, 0};
   const int first = first_inner_point(p, s);
   if (x < first || x > last_inner_point(p, s)) return {seq + 1, 0, 0};
-  return {seq, block, cut - (first - 1) / part_length};
+  return {seq, block, cut - part_length.divide(first - 1)};
 }
 
 // The cuts where all sequences have the same number of blocks.
 struct EvenCuts {
-  int per_part;  // sequences of a partition, if there are more of them than partitions
-  int pieces;    // of a sequence
-  int size;      // blocks of a piece; the first `longer` have one more
+  int per_part;    // sequences of a partition, if there are more of them than partitions
+  Divider pieces;  // of a sequence
+  int size;        // blocks of a piece; the first `longer` have one more
   int longer;
 
-  __device__ EvenCuts(const PlanParams& p, int blocks)
-      : per_part((p.batch + p.num_parts - 1) / p.num_parts),
-        pieces(max(min(blocks / p.min_split_blocks, p.num_parts / p.batch), 1)),
-        size(blocks / pieces),
-        longer(blocks % pieces) {}
+  __device__ EvenCuts(const PlanParams& p, const Quotients& known, int blocks)
+      : per_part(known.seqs_of_part),
+        pieces(max(min(known.by_min_split_blocks.div(blocks), known.parts_of_seq), 1)),
+        size(pieces.divide(blocks)),
+        longer(blocks - size * pieces.divisor) {}
 
   // Whether they are better than cuts that ignore where sequences end.
   __device__ bool worthwhile(const PlanParams& p, int part_length) const {
     const int cost = per_part * (size + (longer > 0) + p.overhead_blocks);
-    const int gain = pieces == 1 ? p.split_cost_blocks : 0;
+    const int gain = pieces.divisor == 1 ? p.split_cost_blocks : 0;
     return size > 0 && cost <= part_length + p.overhead_blocks + gain;
   }
 
   __device__ Position locate(const PlanParams& p, int cut) const {
     const int number = cut * per_part;
-    const int seq = number / pieces;
+    const int seq = pieces.divide(number);
     if (seq >= p.batch) return {p.batch, 0, 0};
-    const int split = number % pieces;
+    const int split = number - seq * pieces.divisor;
     return {seq, split * size + min(split, longer), split};
   }
 };
 
 // One thread block per group; thread t owns `per_thread` consecutive sequences.
 template <int kThreads>
-__global__ void __launch_bounds__(kThreads) plan_kernel(PlanParams p) {
+__global__ void __launch_bounds__(kThreads) plan_kernel(PlanParams p, Quotients known) {
   __shared__ int chunk_starts[kThreads];
   __shared__ int scan_scratch[kThreads / 32];
 
@@ -131,12 +164,14 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(PlanParams p) {
   }
   const auto line = exclusive_scan<kThreads>(extent, scan_scratch);
   chunk_starts[thread] = line.before;
-  const int part_length = max((line.total + p.num_parts - 1) / p.num_parts, p.min_split_blocks);
+  const int share = known.by_num_parts.div(line.total + p.num_parts - 1);
+  const Divider part_length(max(share, p.min_split_blocks));
 
   if (__syncthreads_and(equal) && p.batch > 0) {
-    const EvenCuts cuts(p, first_blocks);
-    if (cuts.worthwhile(p, part_length)) {
-      for (int seq = thread; seq <= p.batch; seq += kThreads) num_splits[seq] = seq * cuts.pieces;
+    const EvenCuts cuts(p, known, first_blocks);
+    if (cuts.worthwhile(p, part_length.divisor)) {
+      for (int seq = thread; seq <= p.batch; seq += kThreads)
+        num_splits[seq] = seq * cuts.pieces.divisor;
       write_parts([&](int cut) { return cuts.locate(p, cut); });
       return;
     }
@@ -170,9 +205,9 @@ cudaError_t launch_plan(const PlanParams& params, cudaStream_t stream) {
   if (params.groups == 0) return cudaSuccess;
   // Few threads have cheaper barriers; many walk fewer sequences each.
   if (params.batch <= 256) {
-    plan_kernel<256><<<params.groups, 256, 0, stream>>>(params);
+    plan_kernel<256><<<params.groups, 256, 0, stream>>>(params, Quotients(params));
   } else {
-    plan_kernel<1024><<<params.groups, 1024, 0, stream>>>(params);
+    plan_kernel<1024><<<params.groups, 1024, 0, stream>>>(params, Quotients(params));
   }
   return cudaGetLastError();
 }

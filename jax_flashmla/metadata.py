@@ -80,7 +80,8 @@ def get_mla_metadata(
     sms = arguments.positive_int("num_sms", num_sms)
     if sms > MAX_NUM_SMS:
         raise ValueError(f"num_sms: expected at most {MAX_NUM_SMS}, got {sms}")
-    config = PlanConfig(planner.num_sm_parts(rows, heads, sms), implementation)
+    parts = planner.num_sm_parts(rows, heads, sms)
+    config = PlanConfig(parts, planner.min_split_blocks(rows), implementation)
     return MLAMetadata(*plan_p.bind(cache_seqlens, config=config, devices=needs_devices()))
 
 
@@ -89,6 +90,7 @@ class PlanConfig:
     """The static parameter of the plan primitives."""
 
     num_sm_parts: int
+    min_split_blocks: int
     implementation: str | None
 
 
@@ -132,9 +134,10 @@ def _batcher(args, dims, *, config, devices):
 
 
 def _plan_local_xla(cache_seqlens, *, config):
-    return jax.vmap(lambda lengths: planner.plan_reference(lengths, config.num_sm_parts))(
-        cache_seqlens
+    plan = functools.partial(
+        planner.plan_reference, parts=config.num_sm_parts, least=config.min_split_blocks
     )
+    return jax.vmap(plan)(cache_seqlens)
 
 
 _xla_lowering = lower_as_jax(_plan_local_xla)
@@ -147,7 +150,7 @@ def _cuda_lowering(ctx, cache_seqlens, *, config):
         ctx,
         cache_seqlens,
         overhead_blocks=np.int32(planner.OVERHEAD_BLOCKS),
-        min_split_blocks=np.int32(planner.MIN_SPLIT_BLOCKS),
+        min_split_blocks=np.int32(config.min_split_blocks),
         split_cost_blocks=np.int32(planner.SPLIT_COST_BLOCKS),
     )
 

@@ -25,10 +25,10 @@ There are at most b + num_sm_parts - 1 slots.
 
 How the cuts are found. Each sequence occupies an interval on a line: OVERHEAD_BLOCKS units for
 loading its queries and storing its results, then one unit per block; an empty sequence one unit.
-The line, of total length T, is cut at the multiples of W = max(ceil(T / num_sm_parts),
-MIN_SPLIT_BLOCKS). A cut that would leave fewer than MIN_SPLIT_BLOCKS blocks of a sequence on one
-side moves to that end of the sequence; a cut into the overhead moves to its start. Every quantity
-is then a prefix sum or a division, with no serial walk over the batch.
+The line, of total length T, is cut at the multiples of W = max(ceil(T / num_sm_parts), M), where M
+is `min_split_blocks`. A cut that would leave fewer than M blocks of a sequence on one side moves to
+that end of the sequence; a cut into the overhead moves to its start. Every quantity is then a
+prefix sum or a division, with no serial walk over the batch.
 
 Where all sequences have the same number of blocks, each is cut into the same number of equal
 pieces, one per partition, or whole sequences are dealt out, the same number to each partition;
@@ -36,7 +36,7 @@ unless that leaves so many partitions without work that the cuts above are bette
 SPLIT_COST_BLOCKS.
 
 The cost of a partition, its blocks plus OVERHEAD_BLOCKS per sequence that it touches (1 for an
-empty one), is at most W + OVERHEAD_BLOCKS + max(2 * (MIN_SPLIT_BLOCKS - 1), SPLIT_COST_BLOCKS).
+empty one), is at most W + OVERHEAD_BLOCKS + max(2 * (M - 1), SPLIT_COST_BLOCKS).
 
 The kernel in `cuda/plan.cu` computes the same numbers, bit for bit.
 """
@@ -46,11 +46,8 @@ import jax.numpy as jnp
 from jax import lax
 
 BLOCK_TOKENS = 64
-# Starting and ending a sequence, in units of one block's time. FlashMLA uses 5 as well
-# (deepseek-ai/FlashMLA, fixed_overhead_num_blocks); to be tuned with the decode kernel.
-OVERHEAD_BLOCKS = 5
-# Shorter splits cost more in the combine than they gain.
-MIN_SPLIT_BLOCKS = 2
+# Starting and ending a sequence, in units of one block's time; measured in benchmarks/NOTES.md.
+OVERHEAD_BLOCKS = 3
 # What a partition gains if no sequence is split: no partial results, and nothing to combine.
 SPLIT_COST_BLOCKS = 16
 METADATA_COLUMNS = 8
@@ -58,6 +55,7 @@ METADATA_COLUMNS = 8
 # partition, so that a plan stays valid, only unbalanced, for absurd lengths.
 MAX_LINE = 2**30
 ROWS_PER_TILE = 64  # query rows that one thread block computes
+NARROW_ROWS = 16  # so many have a kernel of their own (kNarrowRows in cuda/decode.h)
 
 
 def num_sm_parts(num_q_tokens_per_head_k: int, num_heads_k: int, num_sms: int) -> int:
@@ -66,14 +64,19 @@ def num_sm_parts(num_q_tokens_per_head_k: int, num_heads_k: int, num_sms: int) -
     return max(1, num_sms // (num_heads_k * row_tiles))
 
 
-def _even_cuts(blocks: jax.Array, batch: jax.Array, parts: int):
+def min_split_blocks(num_q_tokens_per_head_k: int) -> int:
+    """Shorter splits cost more in the combine, which grows with the query rows, than they gain."""
+    return 1 if num_q_tokens_per_head_k <= NARROW_ROWS else 2
+
+
+def _even_cuts(blocks: jax.Array, batch: jax.Array, parts: int, least: int):
     """Cuts for sequences of `blocks` blocks each.
 
     Returns the pieces of a sequence, the position of every cut, the split that it starts, and the
     largest cost of a partition.
     """
     per_part = -(-batch // parts)
-    pieces = jnp.clip(blocks // MIN_SPLIT_BLOCKS, 1, jnp.maximum(parts // batch, 1))
+    pieces = jnp.clip(blocks // least, 1, jnp.maximum(parts // batch, 1))
     size, longer = blocks // pieces, blocks % pieces  # the first `longer` have one block more
     number = jnp.arange(parts + 1, dtype=jnp.int32) * per_part
     seq, split = number // pieces, number % pieces
@@ -84,12 +87,15 @@ def _even_cuts(blocks: jax.Array, batch: jax.Array, parts: int):
     return pieces, position, jnp.where(done, 0, split), cost
 
 
-def plan_reference(cache_seqlens: jax.Array, parts: int) -> tuple[jax.Array, jax.Array]:
+def plan_reference(
+    cache_seqlens: jax.Array, parts: int, least: int
+) -> tuple[jax.Array, jax.Array]:
     """Plans one group.
 
     Args:
       cache_seqlens: `[b]` int32 tokens; negative counts as 0.
       parts: number of partitions.
+      least: `min_split_blocks`.
 
     Returns:
       `tile_scheduler_metadata [parts, 8]` and `num_splits [b + 1]`, int32.
@@ -106,11 +112,11 @@ def plan_reference(cache_seqlens: jax.Array, parts: int) -> tuple[jax.Array, jax
     extents = jnp.where(blocks > 0, blocks + OVERHEAD_BLOCKS, 1)
     line = jnp.concatenate([zero, jnp.cumsum(extents, dtype=jnp.int32)])
     starts, total = line[:-1], line[-1]
-    part_length = jnp.maximum(-(-total // parts), MIN_SPLIT_BLOCKS)
+    part_length = jnp.maximum(-(-total // parts), least)
 
-    # Cuts that stay inside a sequence: those that leave MIN_SPLIT_BLOCKS on both sides.
-    first = starts + OVERHEAD_BLOCKS + MIN_SPLIT_BLOCKS
-    last = starts + OVERHEAD_BLOCKS + blocks - MIN_SPLIT_BLOCKS
+    # Cuts that stay inside a sequence: those that leave `least` blocks on both sides.
+    first = starts + OVERHEAD_BLOCKS + least
+    last = starts + OVERHEAD_BLOCKS + blocks - least
     cuts_before = (first - 1) // part_length
     inner_cuts = jnp.where(last >= first, last // part_length - cuts_before, 0)
     num_splits = jnp.concatenate([zero, jnp.cumsum(inner_cuts + 1, dtype=jnp.int32)])
@@ -120,7 +126,7 @@ def plan_reference(cache_seqlens: jax.Array, parts: int) -> tuple[jax.Array, jax
     # The last sequence that starts at x or before. (searchsorted wants to know the batch.)
     seq = jnp.sum(starts <= x[:, None], axis=1, dtype=jnp.int32) - 1
     block = x - starts[seq] - OVERHEAD_BLOCKS
-    snap = jnp.minimum(MIN_SPLIT_BLOCKS, (blocks[seq] + 1) // 2)
+    snap = jnp.minimum(least, (blocks[seq] + 1) // 2)
     to_start = (blocks[seq] == 0) | (block < snap)
     inside = ~to_start & (x >= first[seq]) & (x <= last[seq])
     past_end = (x >= total) | ~(to_start | inside)
@@ -129,7 +135,7 @@ def plan_reference(cache_seqlens: jax.Array, parts: int) -> tuple[jax.Array, jax
     position = jnp.stack([seq, jnp.where(inside, block, 0)], axis=1)
 
     # The same number of blocks in all sequences.
-    pieces, even_position, even_split, even_cost = _even_cuts(blocks[0], batch, parts)
+    pieces, even_position, even_split, even_cost = _even_cuts(blocks[0], batch, parts, least)
     limit = part_length + OVERHEAD_BLOCKS + jnp.where(pieces == 1, SPLIT_COST_BLOCKS, 0)
     even = jnp.all(blocks == blocks[0]) & (blocks[0] > 0) & (even_cost <= limit)
     position = jnp.where(even, even_position, position)

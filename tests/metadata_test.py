@@ -52,8 +52,9 @@ def blocks_of(lengths):
     return [-(-max(int(length), 0) // planner.BLOCK_TOKENS) for length in lengths]
 
 
-def check_plan(test_case, lengths, metadata, num_splits):
+def check_plan(test_case, lengths, metadata, num_splits, rows=16):
     """Walks the partitions as a kernel would and checks every documented property."""
+    least = planner.min_split_blocks(rows)
     metadata, num_splits = np.asarray(metadata), np.asarray(num_splits)
     batch, parts = len(lengths), len(metadata)
     blocks = blocks_of(lengths)
@@ -88,13 +89,13 @@ def check_plan(test_case, lengths, metadata, num_splits):
     test_case.assertLess(num_splits[-1], batch + parts)
 
     total = sum(b + planner.OVERHEAD_BLOCKS if b else 1 for b in blocks)
-    mean = max(-(-total // parts), planner.MIN_SPLIT_BLOCKS)
-    slack = max(2 * (planner.MIN_SPLIT_BLOCKS - 1), planner.SPLIT_COST_BLOCKS)
+    mean = max(-(-total // parts), least)
+    slack = max(2 * (least - 1), planner.SPLIT_COST_BLOCKS)
     slack += planner.OVERHEAD_BLOCKS
     test_case.assertLessEqual(cost.max(initial=0), mean + slack)
     for count, shortest in zip(splits, shortest_split, strict=True):
         if count > 1:
-            test_case.assertGreaterEqual(shortest, planner.MIN_SPLIT_BLOCKS)
+            test_case.assertGreaterEqual(shortest, least)
 
 
 class PlanTest(parameterized.TestCase):
@@ -103,11 +104,13 @@ class PlanTest(parameterized.TestCase):
         shape=st.sampled_from(SHAPES),
         kind=st.sampled_from(KINDS),
         seed=st.integers(0, 2**32 - 1),
+        rows=st.sampled_from((16, 64)),
     )
-    def test_properties(self, shape, kind, seed):
+    def test_properties(self, shape, kind, seed, rows):
         batch, num_sms = shape
         lengths = draw_lengths(np.random.default_rng(seed), batch, kind)
-        check_plan(self, lengths, *plan(jnp.asarray(lengths, jnp.int32), num_sms=num_sms))
+        results = plan(jnp.asarray(lengths, jnp.int32), rows, num_sms=num_sms)
+        check_plan(self, lengths, *results, rows)
 
     @settings(max_examples=100, deadline=None)
     @given(st.lists(st.integers(0, 3000), min_size=5, max_size=5), st.sampled_from((3, 8, 20)))
@@ -129,9 +132,11 @@ class PlanTest(parameterized.TestCase):
         self.assertTrue((np.diff(num_splits) >= 1).all())
         self.assertLess(num_splits[-1], batch + len(metadata))
 
-    @parameterized.parameters((1, 64, 32), (8, 64, 16), (32, 64, 4), (64, 65, 2), (128, 64, 1))
-    def test_equal_lengths_get_equal_pieces(self, batch, blocks, pieces):
-        metadata, num_splits = plan(jnp.full(batch, 64 * blocks, jnp.int32))
+    @parameterized.parameters(
+        (1, 64, 64), (1, 64, 32, 64), (8, 64, 16), (32, 64, 4), (64, 65, 2), (128, 64, 1)
+    )
+    def test_equal_lengths_get_equal_pieces(self, batch, blocks, pieces, rows=16):
+        metadata, num_splits = plan(jnp.full(batch, 64 * blocks, jnp.int32), rows)
         np.testing.assert_array_equal(num_splits, np.arange(batch + 1) * pieces)
         begin, end = np.asarray(metadata)[: batch * pieces].reshape(-1, 4, 2).swapaxes(0, 1)[:2]
         seqs, firsts = begin.T
@@ -179,7 +184,7 @@ class PlanTest(parameterized.TestCase):
                 np.testing.assert_array_equal(a, b)
 
     def test_results_have_names(self):
-        metadata = get_mla_metadata(jnp.asarray([70], jnp.int32), 16, 1)
+        metadata = get_mla_metadata(jnp.asarray([60], jnp.int32), 16, 1)
         np.testing.assert_array_equal(metadata.num_splits, [0, 1])
         self.assertEqual(metadata.tile_scheduler_metadata.dtype, jnp.int32)
 
@@ -194,10 +199,11 @@ class PlanKernelTest(parameterized.TestCase):
 
     def check(self, lengths, num_sms=132):
         lengths = jnp.asarray(lengths, jnp.int32)
-        want = plan(lengths, num_sms=num_sms, implementation="xla")
-        got = plan(lengths, num_sms=num_sms, implementation="cuda")
-        for a, b in zip(got, want, strict=True):
-            np.testing.assert_array_equal(a, b)
+        for rows in (16, 64):
+            want = plan(lengths, rows, num_sms=num_sms, implementation="xla")
+            got = plan(lengths, rows, num_sms=num_sms, implementation="cuda")
+            for a, b in zip(got, want, strict=True):
+                np.testing.assert_array_equal(a, b)
 
     @parameterized.parameters(*BATCHES)
     def test_equals_reference(self, batch):
