@@ -19,6 +19,7 @@ import numpy as np
 from benchmarks import report
 from benchmarks.xla_decode import SCALE, make_operands, plain_decode
 from jax_flashmla import flash_mla_with_kvcache, get_mla_metadata, native, planner
+from jax_flashmla.decode import partial_types
 
 ROUNDS = 3
 REPLAYS = 8
@@ -62,8 +63,7 @@ def time_kernels(operands, metadata, what, launches):
     results = (
         jnp.zeros((*copies, batch, s_q, heads, 512), jnp.bfloat16),
         jnp.zeros((batch, heads, s_q)),
-        jnp.zeros((slots, 1, s_q * heads, 512)),
-        jnp.zeros((slots, 1, s_q * heads)),
+        *(jnp.zeros(x.shape, x.dtype) for x in partial_types((slots, 1), s_q * heads)),
     )
     arrays = jax.block_until_ready((*operands, *metadata, *results))
     return native.module.bench.time_decode(

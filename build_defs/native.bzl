@@ -9,6 +9,7 @@ NATIVE = {
   "kernels": [
     "cuda/plan.cu",
     "cuda/decode_split.cu",
+    "cuda/decode_narrow.cu",
     "cuda/decode_combine.cu"
   ],
   "launchers": [

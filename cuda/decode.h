@@ -7,14 +7,18 @@
 
 namespace jax_flashmla {
 
-inline constexpr int kHeadDim = 576;    // columns of a key
-inline constexpr int kLatentDim = 512;  // the first of them are also the value
-inline constexpr int kRowTile = 64;     // query rows of one CTA
+inline constexpr int kHeadDim = 576;     // columns of a key
+inline constexpr int kLatentDim = 512;   // the first of them are also the value
+inline constexpr int kRowTile = 64;      // query rows of one CTA
+inline constexpr int kPartialRows = 16;  // partial results are tiles of so many rows
 
 enum class DType { kBFloat16, kFloat16 };
 
 // The query rows of a sequence and KV head are (s_q, heads per KV head), flattened: `num_rows`.
-// A partial result has one row of floats per slot of num_splits, KV head and query row.
+// Partial results, one per slot of num_splits and KV head, are in the order of accumulators, so
+// that warps store and load whole lines: tiles of kPartialRows rows (the last one's may be more
+// than there are), in them tiles of eight columns, in them a float4 of each of 32 lanes. Lane i
+// has, of rows i / 4 and i / 4 + 8, columns 2 (i % 4) and the next.
 struct DecodeParams {
   DType dtype;
   const void* q_nope;  // [groups, batch, s_q, h_q, q_nope_stride]: its first 512 columns
@@ -28,8 +32,8 @@ struct DecodeParams {
   const int32_t* num_splits;               // [groups, batch + 1]
   void* out;                               // [groups, batch, s_q, h_q, 512]
   float* lse;                              // [groups, batch, h_q, s_q]
-  float* partial_out;                      // [groups, slots, h_kv, num_rows, 512]
-  float* partial_lse;                      // [groups, slots, h_kv, num_rows], base 2
+  float* partial_out;                      // [groups, slots, h_kv, partial_tiles, 64, 32, 4]
+  float* partial_lse;  // [groups, slots, h_kv, partial_tiles, kPartialRows], base 2
   int groups;
   int batch;
   int s_q;
@@ -45,7 +49,14 @@ struct DecodeParams {
   __host__ __device__ int heads_per_kv() const { return h_q / h_kv; }
   __host__ __device__ int num_rows() const { return s_q * heads_per_kv(); }
   __host__ __device__ int row_tiles() const { return (num_rows() + kRowTile - 1) / kRowTile; }
+  __host__ __device__ int partial_tiles() const {
+    return (num_rows() + kPartialRows - 1) / kPartialRows;
+  }
 };
+
+// Few query rows have a split kernel of their own, in which they are padded to so many.
+inline constexpr int kNarrowRows = 16;
+inline bool is_narrow(const DecodeParams& p) { return p.num_rows() <= kNarrowRows; }
 
 // Enqueues both kernels on the current device; returns the first error.
 cudaError_t launch_decode(const DecodeParams& params, cudaStream_t stream);

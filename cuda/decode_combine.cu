@@ -2,254 +2,338 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "cuda/decode.h"
+#include "cuda/kernel_params.cuh"
+#include "cuda/launch.cuh"
 
 namespace jax_flashmla {
 namespace {
 
-constexpr int kRowVectors = kLatentDim / 4;  // of four columns each
+constexpr int kColumnTiles = kLatentDim / 8;
 constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kLowest = -1e30f;  // below any log-sum-exp, and still finite
 
-__device__ __forceinline__ void store4(__nv_bfloat16* target, float4 v) {
-  __nv_bfloat162 pairs[2] = {__floats2bfloat162_rn(v.x, v.y), __floats2bfloat162_rn(v.z, v.w)};
-  *reinterpret_cast<uint2*>(target) = *reinterpret_cast<uint2*>(pairs);
+// Two neighbouring columns.
+__device__ __forceinline__ void store2(__nv_bfloat16* target, float x, float y) {
+  *reinterpret_cast<__nv_bfloat162*>(target) = __floats2bfloat162_rn(x, y);
 }
-__device__ __forceinline__ void store4(__half* target, float4 v) {
-  __half2 pairs[2] = {__floats2half2_rn(v.x, v.y), __floats2half2_rn(v.z, v.w)};
-  *reinterpret_cast<uint2*>(target) = *reinterpret_cast<uint2*>(pairs);
-}
-
-__device__ __forceinline__ void add_scaled(float4& sum, float weight, float4 v) {
-  sum.x += weight * v.x;
-  sum.y += weight * v.y;
-  sum.z += weight * v.z;
-  sum.w += weight * v.w;
+__device__ __forceinline__ void store2(__half* target, float x, float y) {
+  *reinterpret_cast<__half2*>(target) = __floats2half2_rn(x, y);
 }
 
-// Of all lanes' values.
-template <typename Combine>
-__device__ __forceinline__ float warp_reduce(float x, const Combine& combine) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
-    x = combine(x, __shfl_xor_sync(0xffffffffu, x, distance));
-  }
-  return x;
-}
-
-// How a CTA works: `kShare` warps share the splits of a row; a lane has `kVectors` vectors of four
-// columns, so that `kSlices` CTAs share the columns of a row. `kAhead` splits are loaded at a time.
-template <int kShare_, int kVectors_, int kWarps_, int kAhead_>
-struct Shape {
-  static constexpr int kShare = kShare_;
-  static constexpr int kVectors = kVectors_;
-  static constexpr int kWarps = kWarps_;
-  static constexpr int kAhead = kAhead_;
-  static constexpr int kSlices = kRowVectors / (kVectors * 32);
-  static constexpr int kTeams = kWarps / kShare;  // rows at a time
-};
-using FewSplits = Shape<1, 4, 4, 4>;
-using ManySplits = Shape<8, 4, 8, 4>;
-using FewRows = Shape<8, 1, 8, 16>;  // and many splits
-
-// A weighted sum of partial results, relative to the largest log-sum-exp of them.
-template <int kVectors>
-struct Sum {
-  float base = -INFINITY;
-  float total = 0;
-  float4 columns[kVectors] = {};
-
-  __device__ void rebase(float new_base) {
-    const float factor = exp2f(base - new_base);
-    base = new_base;
-    total *= factor;
-#pragma unroll
-    for (float4& v : columns) v = {v.x * factor, v.y * factor, v.z * factor, v.w * factor};
-  }
+// The tile of 16 rows of one sequence that a CTA works on, with others that have other columns.
+struct Tile {
+  int64_t group_seq;
+  int kv_head;
+  int row;     // the first
+  int slice;   // of the columns
+  bool whole;  // the sequence was not split: nothing to do
+  int splits;
+  const float4* columns;  // of the first split
+  const float* lse;
+  int64_t step;  // tiles from one split to the next
 };
 
-// Adds up `splits` partial results of a row that lie `step` rows apart. Of every 32, lane i has the
-// log-sum-exp of the i-th.
-template <typename S>
-__device__ __forceinline__ Sum<S::kVectors> add_splits(const float* lse, const float4* partial,
-                                                       int splits, int64_t step, int lane) {
-  const auto larger = [](float x, float y) { return fmaxf(x, y); };
-  const auto add = [](float x, float y) { return x + y; };
-  Sum<S::kVectors> sum;
-  for (int begin = 0; begin < splits; begin += 32) {
-    const int count = min(splits - begin, 32);
-    const float mine = lane < count ? lse[(begin + lane) * step] : -INFINITY;
-    float weight = 0;
+// The plan was there before the split kernel began; its results are only now: this loads none.
+__device__ __forceinline__ Tile find_tile(const KernelParams& p,
+                                          const cutlass::FastDivmod& by_slices) {
+  Tile tile;
+  int tile_of_all, head_of_all, number, group_seq;
+  by_slices(tile_of_all, tile.slice, static_cast<int>(blockIdx.x));
+  p.by_partial_tiles(head_of_all, number, tile_of_all);
+  p.by_h_kv(group_seq, tile.kv_head, head_of_all);
+  const int group = p.by_batch.div(group_seq);
+  const int32_t* bounds = p.num_splits + static_cast<int64_t>(group_seq) + group;
+  const int begin = bounds[0];
+  const int end = bounds[1];
+  tile.group_seq = group_seq;
+  tile.row = number * kPartialRows;
+  tile.whole = end - begin <= 1;
+  // Any metadata keeps the kernel inside its buffers.
+  const int slot = min(max(begin, 0), p.slots);
+  tile.splits = min(end, p.slots) - slot;
+  tile.step = int64_t{p.h_kv} * p.partial_tiles();
+  const int64_t first = (static_cast<int64_t>(group) * p.slots + slot) * tile.step +
+                        tile.kv_head * p.partial_tiles() + number;
+  tile.columns = reinterpret_cast<const float4*>(p.partial_out) + first * kColumnTiles * 32;
+  tile.lse = p.partial_lse + first * kPartialRows;
+  return tile;
+}
+
+// Returns whether there is nothing to combine, once the partial results are there. One CTA waits in
+// any case, so that this kernel does not end before the split kernel: the next one waits for this.
+__device__ __forceinline__ bool leave_or_wait(const Tile& tile) {
+  if (tile.whole && blockIdx.x != 0) return true;
+  wait_for_kernel_before();
+  return tile.whole;
+}
+
+// Where the results of a row go; null if there is no such row.
+template <typename Element>
+struct Target {
+  Element* out = nullptr;
+  float* lse = nullptr;
+};
+
+template <typename Element>
+__device__ __forceinline__ Target<Element> find_target(const KernelParams& p, const Tile& tile,
+                                                       int row) {
+  if (tile.row + row >= p.num_rows()) return {};
+  int token, head;
+  p.by_heads_per_kv(token, head, tile.row + row);
+  head += tile.kv_head * p.heads_per_kv();
+  const int64_t query = (tile.group_seq * p.s_q + token) * p.h_q + head;
+  return {static_cast<Element*>(p.out) + query * kLatentDim,
+          p.lse + (tile.group_seq * p.h_q + head) * p.s_q + token};
+}
+
+__device__ __forceinline__ float inverse(float total) {
+  return total == 0 ? 0 : __fdividef(1.0f, total);
+}
+__device__ __forceinline__ float log_sum_exp(float base, float total) {
+  return total == 0 ? -INFINITY : (base + __log2f(total)) * kLn2;
+}
+__device__ __forceinline__ void add_scaled(float4& sum, const float (&weight)[2], const float4& v) {
+  sum.x += weight[0] * v.x, sum.y += weight[0] * v.y;
+  sum.z += weight[1] * v.z, sum.w += weight[1] * v.w;
+}
+
+// Few splits: a warp has all of them, for `kVectors` tiles of eight columns at a time.
+struct FewSplits {
+  static constexpr int kWarps = 4;
+  static constexpr int kThreads = kWarps * 32;
+  static constexpr int kVectors = 4;
+  static constexpr int kAhead = 4;  // splits loaded at a time
+  static constexpr int kSlices = kColumnTiles / (kWarps * kVectors);
+};
+
+template <typename Element>
+__global__ void __launch_bounds__(FewSplits::kThreads)
+    combine_few(const __grid_constant__ KernelParams p, cutlass::FastDivmod by_slices) {
+  using S = FewSplits;
+  const int lane = threadIdx.x % 32;
+  const Tile tile = find_tile(p, by_slices);
+  Target<Element> target[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) target[i] = find_target<Element>(p, tile, lane / 4 + 8 * i);
+  if (leave_or_wait(tile)) return;
+
+  for (int first = (tile.slice * S::kWarps + threadIdx.x / 32) * S::kVectors; first < kColumnTiles;
+       first += by_slices.divisor * S::kWarps * S::kVectors) {
+    float base[2] = {kLowest, kLowest};
+    float total[2] = {0, 0};
+    float4 sum[S::kVectors] = {};
 #pragma unroll 1
-    for (int i = 0; i < count; i += S::kAhead) {
-      const float4* const first = partial + (begin + i) * step * kRowVectors + lane;
+    for (int begin = 0; begin < tile.splits; begin += S::kAhead) {
+      float lse[S::kAhead][2];
       float4 loaded[S::kAhead][S::kVectors];
 #pragma unroll
       for (int j = 0; j < S::kAhead; ++j) {
-        if (i + j >= count) break;
+        const bool there = begin + j < tile.splits;
+        const int64_t split = (begin + j) * tile.step;
 #pragma unroll
-        for (int v = 0; v < S::kVectors; ++v) loaded[j][v] = first[j * step * kRowVectors + v * 32];
+        for (int v = 0; v < S::kVectors; ++v) {
+          const float4* at = tile.columns + (split * kColumnTiles + first + v) * 32 + lane;
+          loaded[j][v] = there ? *at : float4{};
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const bool has = there && target[i].out != nullptr;
+          lse[j][i] = has ? tile.lse[split * kPartialRows + lane / 4 + 8 * i] : -INFINITY;
+        }
       }
-      if (i == 0) {  // now that the first loads are on their way
-        const float top = fmaxf(sum.base, warp_reduce(mine, larger));
-        if (top == -INFINITY) break;
-        sum.rebase(top);
-        weight = exp2f(mine - top);
-        sum.total += warp_reduce(weight, add);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float top = base[i];
+#pragma unroll
+        for (int j = 0; j < S::kAhead; ++j) top = fmaxf(top, lse[j][i]);
+        const float factor = exp2f(base[i] - top);
+        base[i] = top;
+        total[i] *= factor;
+#pragma unroll
+        for (float4& x : sum) {
+          float* pair = i == 0 ? &x.x : &x.z;
+          pair[0] *= factor, pair[1] *= factor;
+        }
       }
 #pragma unroll
       for (int j = 0; j < S::kAhead; ++j) {
-        const float factor = __shfl_sync(0xffffffffu, weight, (i + j) % 32);
-        if (i + j >= count) break;
+        const float weight[2] = {exp2f(lse[j][0] - base[0]), exp2f(lse[j][1] - base[1])};
+        total[0] += weight[0], total[1] += weight[1];
 #pragma unroll
-        for (int v = 0; v < S::kVectors; ++v) add_scaled(sum.columns[v], factor, loaded[j][v]);
+        for (int v = 0; v < S::kVectors; ++v) add_scaled(sum[v], weight, loaded[j][v]);
       }
     }
-  }
-  return sum;
-}
-
-// What the warps that share a row tell each other.
-template <typename S>
-struct Shares {
-  float base[S::kShare];
-  float total[S::kShare];
-  float4 columns[S::kShare][S::kVectors][32];
-};
-
-// Adds up the shares of a row, in a fixed order: each of the first warps one vector of every lane.
-template <typename S>
-__device__ __forceinline__ Sum<1> add_shares(const Shares<S>& shares, int vector, int lane) {
-  Sum<1> sum;
 #pragma unroll
-  for (int i = 0; i < S::kShare; ++i) sum.base = fmaxf(sum.base, shares.base[i]);
-  if (sum.base == -INFINITY) return sum;
+    for (int i = 0; i < 2; ++i) {
+      if (target[i].out == nullptr) break;
+      const float factor = inverse(total[i]);
 #pragma unroll
-  for (int i = 0; i < S::kShare; ++i) {
-    const float factor = exp2f(shares.base[i] - sum.base);
-    sum.total += factor * shares.total[i];
-    add_scaled(sum.columns[0], factor, shares.columns[i][vector][lane]);
-  }
-  return sum;
-}
-
-// Writes vectors of row `row` from `first_vector` on, every 32nd, and its log-sum-exp with the
-// first.
-template <typename Element, int kVectors>
-__device__ __forceinline__ void write_row(const DecodeParams& p, int group_seq, int row,
-                                          int first_vector, int lane, const Sum<kVectors>& sum) {
-  const bool empty = sum.total == 0;
-  const float inverse = empty ? 0.0f : 1.0f / sum.total;
-  // Rows are those of partial results: KV head, token, head of the KV head.
-  const int kv_head = row / p.num_rows();
-  const int token = row % p.num_rows() / p.heads_per_kv();
-  const int head = kv_head * p.heads_per_kv() + row % p.heads_per_kv();
-  const int64_t query = (static_cast<int64_t>(group_seq) * p.s_q + token) * p.h_q + head;
-  Element* out = static_cast<Element*>(p.out) + query * kLatentDim + (first_vector + lane) * 4;
-#pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-    const float4 c = sum.columns[v];
-    store4(out + v * 128, make_float4(c.x * inverse, c.y * inverse, c.z * inverse, c.w * inverse));
-  }
-  if (lane == 0 && first_vector == 0) {
-    p.lse[(static_cast<int64_t>(group_seq) * p.h_q + head) * p.s_q + token] =
-        empty ? -INFINITY : (sum.base + log2f(sum.total)) * kLn2;
-  }
-}
-
-// A CTA has `rows_per_warp` times kTeams rows of one sequence, or one of the slices of their
-// columns.
-template <typename Element, typename S>
-__global__ void __launch_bounds__(S::kWarps * 32)
-    combine_kernel(const __grid_constant__ DecodeParams p, int rows_per_warp) {
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
-  const int share = warp % S::kShare;
-  const int sequence_rows = p.s_q * p.h_q;
-  const int cta_rows = S::kTeams * rows_per_warp;
-  const int ctas = (sequence_rows + cta_rows - 1) / cta_rows;  // of a sequence and slice
-  const int slice = static_cast<int>(blockIdx.x) % S::kSlices;
-  const int index = static_cast<int>(blockIdx.x) / S::kSlices;
-  const int group_seq = index / ctas;
-  const int group = group_seq / p.batch;
-  const int32_t* bounds =
-      p.num_splits + static_cast<int64_t>(group) * (p.batch + 1) + group_seq % p.batch;
-  const int begin = bounds[0];
-  const int end = bounds[1];
-  // The plan was there before the split kernel began; its results are only now. One CTA waits in
-  // any case, so that this kernel does not end before that one.
-  const bool whole = end - begin <= 1;
-  if (whole && blockIdx.x != 0) return;
-  cudaGridDependencySynchronize();
-  if (whole) return;
-  // Any metadata keeps the kernel inside its buffers.
-  const int slot = min(max(begin, 0), p.slots);
-  const int splits = min(end, p.slots) - slot;
-  const int my_splits = max(splits - share + S::kShare - 1, 0) / S::kShare;
-
-  const int64_t stride = int64_t{p.h_kv} * p.num_rows();  // from one partial result to the next
-  const int first_vector = slice * S::kVectors * 32;
-  const int first = (index % ctas * S::kTeams + warp / S::kShare) * rows_per_warp;
-  for (int row = first; row < min(first + rows_per_warp, sequence_rows); ++row) {
-    const int64_t start = (static_cast<int64_t>(group) * p.slots + slot + share) * stride + row;
-    const float4* partial =
-        reinterpret_cast<const float4*>(p.partial_out) + start * kRowVectors + first_vector;
-    const auto sum =
-        add_splits<S>(p.partial_lse + start, partial, my_splits, stride * S::kShare, lane);
-    if constexpr (S::kShare == 1) {
-      write_row<Element>(p, group_seq, row, first_vector, lane, sum);
-    } else {
-      static_assert(S::kTeams == 1 && S::kVectors <= S::kShare);
-      __shared__ Shares<S> shares;
-      __syncthreads();  // the row before has been read
-      shares.base[share] = sum.base;
-      shares.total[share] = sum.total;
-#pragma unroll
-      for (int v = 0; v < S::kVectors; ++v) shares.columns[share][v][lane] = sum.columns[v];
-      __syncthreads();
-      if (share >= S::kVectors) continue;
-      write_row<Element>(p, group_seq, row, first_vector + share * 32, lane,
-                         add_shares<S>(shares, share, lane));
+      for (int v = 0; v < S::kVectors; ++v) {
+        const float* pair = i == 0 ? &sum[v].x : &sum[v].z;
+        store2(target[i].out + (first + v) * 8 + lane % 4 * 2, pair[0] * factor, pair[1] * factor);
+      }
+      if (first == 0 && lane % 4 == 0) *target[i].lse = log_sum_exp(base[i], total[i]);
     }
   }
 }
 
-// Older drivers cannot capture a dependent launch into a graph.
-bool driver_has_dependent_launches() {
-  static const bool has = [] {
-    int version = 0;
-    return cudaDriverGetVersion(&version) == cudaSuccess && version >= 12030;
-  }();
-  return has;
+// Many splits: eight warps share them, for `kVectors` tiles of columns. Each loads `kAhead` of its
+// own at a time; the weights of all of those are found meanwhile, a row and some splits a thread.
+template <int kVectors_, int kAhead_>
+struct ManySplits {
+  static constexpr int kWarps = 8;
+  static constexpr int kThreads = kWarps * 32;
+  static constexpr int kVectors = kVectors_;
+  static constexpr int kAhead = kAhead_;
+  static constexpr int kAtOnce = kWarps * kAhead;  // splits
+  static constexpr int kSlices = kColumnTiles / kVectors;
+};
+
+template <typename S>
+struct ManyMemory {
+  float weights[S::kAtOnce][kPartialRows];
+  float maxima[S::kWarps][kPartialRows];
+  float totals[S::kWarps][kPartialRows];
+  float factor[kPartialRows];  // from the weights of splits before to those of now
+  float4 columns[S::kWarps][S::kVectors][32];
+};
+
+// Now, and not when the result is needed, where the compiler would like to have it.
+__device__ __forceinline__ float4 load_early(const float4* at) {
+  float4 x;
+  asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "l"(at));
+  return x;
 }
 
 template <typename Element, typename S>
-cudaError_t launch(const DecodeParams& p, int rows_per_warp, cudaStream_t stream) {
-  const int64_t cta_rows = int64_t{S::kTeams} * rows_per_warp;
-  const int64_t ctas =
-      (int64_t{p.s_q} * p.h_q + cta_rows - 1) / cta_rows * p.groups * p.batch * S::kSlices;
-  if (ctas > INT32_MAX) return cudaErrorInvalidConfiguration;
-  cudaLaunchAttribute overlap = {};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(ctas));
-  config.blockDim = dim3(S::kWarps * 32);
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = driver_has_dependent_launches();
-  return cudaLaunchKernelEx(&config, combine_kernel<Element, S>, p, rows_per_warp);
+__global__ void __launch_bounds__(S::kThreads)
+    combine_many(const __grid_constant__ KernelParams p, cutlass::FastDivmod by_slices) {
+  __shared__ ManyMemory<S> smem;
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  // As a finder of weights, a thread has a row, and every kGroups-th split.
+  constexpr int kGroups = S::kThreads / kPartialRows;
+  constexpr int kWeights = S::kAtOnce / kGroups;
+  static_assert(kWeights * kGroups == S::kAtOnce);
+  const int row = threadIdx.x % kPartialRows;
+  const int group = threadIdx.x / kPartialRows;
+  // In the end, it has two neighbouring columns of a row: of the `i`-th half of a tile's lane.
+  const int end_lane = threadIdx.x / 2 % 32;
+  const int end_vector = threadIdx.x / 64;
+  const int i = threadIdx.x % 2;
+  const int end_row = end_lane / 4 + 8 * i;
+
+  const Tile tile = find_tile(p, by_slices);
+  const Target<Element> target = find_target<Element>(p, tile, end_row);
+  const Target<Element> lse_target = find_target<Element>(p, tile, row);
+  const int first = tile.slice * S::kVectors;
+  // Of the warp's and of the thread's first split, and from one to the next.
+  const float4* columns = tile.columns + (warp * tile.step * kColumnTiles + first) * 32 + lane;
+  const int64_t columns_step = S::kWarps * tile.step * kColumnTiles * 32;
+  const float* lses = tile.lse + group * tile.step * kPartialRows + row;
+  const int64_t lses_step = kGroups * tile.step * kPartialRows;
+  if (leave_or_wait(tile)) return;
+
+  float base = kLowest;  // of the row
+  float total = 0;       // of the row, this thread's part
+  float4 sum[S::kVectors] = {};
+#pragma unroll 1
+  for (int begin = 0; begin < tile.splits; begin += S::kAtOnce) {
+    float4 loaded[S::kAhead][S::kVectors];
+#pragma unroll
+    for (int j = 0; j < S::kAhead; ++j, columns += columns_step) {
+      if (begin + j * S::kWarps + warp >= tile.splits) break;
+#pragma unroll
+      for (int v = 0; v < S::kVectors; ++v) loaded[j][v] = load_early(columns + v * 32);
+    }
+    float lse[kWeights];
+    float top = kLowest;
+#pragma unroll
+    for (int k = 0; k < kWeights; ++k, lses += lses_step) {
+      const bool there = begin + k * kGroups + group < tile.splits;
+      lse[k] = there && lse_target.out != nullptr ? *lses : -INFINITY;
+      top = fmaxf(top, lse[k]);
+    }
+    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, kPartialRows));
+    __syncthreads();  // weights and factors of splits before have been read
+    if (lane < kPartialRows) smem.maxima[warp][row] = top;
+    __syncthreads();
+    top = base;
+#pragma unroll
+    for (int w = 0; w < S::kWarps; ++w) top = fmaxf(top, smem.maxima[w][row]);
+    const float factor = exp2f(base - top);
+    base = top;
+    total *= factor;
+#pragma unroll
+    for (int k = 0; k < kWeights; ++k) {
+      const float weight = exp2f(lse[k] - base);
+      total += weight;
+      smem.weights[k * kGroups + group][row] = weight;
+    }
+    if (threadIdx.x < kPartialRows) smem.factor[row] = factor;
+    __syncthreads();
+    if (begin > 0) {
+      const float factors[2] = {smem.factor[lane / 4], smem.factor[lane / 4 + 8]};
+#pragma unroll
+      for (float4& x : sum) {
+        x = {x.x * factors[0], x.y * factors[0], x.z * factors[1], x.w * factors[1]};
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < S::kAhead; ++j) {
+      if (begin + j * S::kWarps + warp >= tile.splits) break;
+      const float* weights = smem.weights[j * S::kWarps + warp];
+      const float weight[2] = {weights[lane / 4], weights[lane / 4 + 8]};
+#pragma unroll
+      for (int v = 0; v < S::kVectors; ++v) add_scaled(sum[v], weight, loaded[j][v]);
+    }
+  }
+  total += __shfl_xor_sync(0xffffffffu, total, kPartialRows);
+  if (lane < kPartialRows) smem.totals[warp][row] = total;
+#pragma unroll
+  for (int v = 0; v < S::kVectors; ++v) smem.columns[warp][v][lane] = sum[v];
+  __syncthreads();
+  const auto sum_totals = [&](int of_row) {
+    float all = 0;
+#pragma unroll
+    for (int w = 0; w < S::kWarps; ++w) all += smem.totals[w][of_row];
+    return all;
+  };
+  if (end_vector < S::kVectors && target.out != nullptr) {
+    float2 all = {0, 0};
+#pragma unroll
+    for (int w = 0; w < S::kWarps; ++w) {
+      const float2 x = reinterpret_cast<const float2*>(&smem.columns[w][end_vector][end_lane])[i];
+      all = {all.x + x.x, all.y + x.y};
+    }
+    const float scale = inverse(sum_totals(end_row));
+    store2(target.out + (first + end_vector) * 8 + end_lane % 4 * 2, all.x * scale, all.y * scale);
+  }
+  if (first == 0 && threadIdx.x < kPartialRows && lse_target.lse != nullptr) {
+    *lse_target.lse = log_sum_exp(base, sum_totals(row));
+  }
 }
 
 template <typename Element>
 cudaError_t launch_for_splits(const DecodeParams& p, cudaStream_t stream) {
-  // Splits of a sequence, if the batch shares the partitions evenly. With many, a row is work for
-  // one CTA or several; with few, there are many rows, most of which are whole and only cost their
-  // CTA.
+  // Splits of a sequence, if the batch shares the partitions evenly. With many, a tile is work for
+  // several CTAs; with few, there are many tiles, most of which are whole and only cost their CTA.
   const int splits = (p.num_parts + p.batch - 1) / p.batch;
-  const int64_t rows = int64_t{p.groups} * p.batch * p.s_q * p.h_q;
-  if (splits > 8 && rows <= 64) return launch<Element, FewRows>(p, 1, stream);
-  if (splits > 8) return launch<Element, ManySplits>(p, 1, stream);
-  return launch<Element, FewSplits>(p, rows > 4096 ? 4 : 1, stream);
+  const int64_t tiles = int64_t{p.groups} * p.batch * p.h_kv * p.partial_tiles();
+  const auto launch = [&](auto kernel, int slices, int threads) {
+    return launch_dependent(kernel, {.ctas = tiles * slices, .threads = threads}, stream, p,
+                            cutlass::FastDivmod(slices));
+  };
+  const auto launch_many = [&](auto shape) {
+    using S = decltype(shape);
+    return launch(combine_many<Element, S>, S::kSlices, S::kThreads);
+  };
+  if (splits > 8) {
+    return tiles <= 4 ? launch_many(ManySplits<1, 18>{}) : launch_many(ManySplits<4, 4>{});
+  }
+  return launch(combine_few<Element>, tiles > 256 ? 1 : FewSplits::kSlices, FewSplits::kThreads);
 }
 
 }  // namespace

@@ -2,14 +2,9 @@
 #pragma once
 
 #include "cuda/decode_shared.cuh"
+#include "cuda/decode_softmax.cuh"
 
 namespace jax_flashmla {
-
-inline constexpr float kLog2E = 1.4426950408889634f;
-inline constexpr float kLn2 = 0.6931471805599453f;
-// The maximum that weights are relative to may lag behind the true one by this much, base 2: the
-// output is then rarely rescaled, and weights stay below 2^8 (the idea is FlashAttention-4's).
-inline constexpr float kMaxLag = 8;
 
 template <typename Element>
 using SharedScoresMma =
@@ -35,7 +30,7 @@ __device__ __forceinline__ uint128_t* matrix_vector(Element* tile, int thread, i
 // The left half of the queries, as the A operand of sixteen steps.
 template <typename Element>
 __device__ __forceinline__ auto read_queries(Element (&tiles)[kHalfTiles][kTileElements],
-                                             const DecodeParams& p, const Work& work,
+                                             const KernelParams& p, const Work& work,
                                              const Rows& rows, int thread) {
   Tensor q = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<kHalfTiles * kSteps>>>{});
   Tensor words = recast<uint32_t>(q);
@@ -106,7 +101,7 @@ __device__ __forceinline__ void issue_right(SharedMemory<Element>& smem, Ring<kH
 
 // Scales the scores to base 2 and masks those past what each row may see.
 template <typename Scores>
-__device__ __forceinline__ void scale_and_mask(const DecodeParams& p, const Work& work,
+__device__ __forceinline__ void scale_and_mask(const KernelParams& p, const Work& work,
                                                const Item& item, int block, const Rows& rows,
                                                Scores& scores) {
   const float scale = p.softmax_scale * kLog2E;
@@ -116,7 +111,7 @@ __device__ __forceinline__ void scale_and_mask(const DecodeParams& p, const Work
   if ((block + 1) * kBlock <= first_hidden) return;
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    const int token = (work.tile * kRowTile + rows.row(row)) / p.heads_per_kv();
+    const int token = p.by_heads_per_kv.div(work.tile * kRowTile + rows.row(row));
     const int visible = (p.causal ? item.length - p.s_q + 1 + token : item.length) - block * kBlock;
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
@@ -157,13 +152,6 @@ __device__ __forceinline__ float row_max(float x) {
 __device__ __forceinline__ float row_sum(float x) {
   x += __shfl_xor_sync(0xffffffffu, x, 1);
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
-
-// 2^x in one instruction; results below 2^-126 become zero.
-__device__ __forceinline__ float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
 }
 
 // Of a thread's two rows, over the blocks so far.
@@ -211,22 +199,8 @@ __device__ __forceinline__ void store_weights(Element (&tile)[kTileElements], in
   }
 }
 
-// Where the log-sum-exp (base 2) of a row goes.
-__device__ __forceinline__ void write_lse(const DecodeParams& p, const Work& work, const Item& item,
-                                          int row, float lse) {
-  if (row >= p.num_rows()) return;
-  if (item.slot < 0) {
-    const int64_t group_seq = static_cast<int64_t>(work.group) * p.batch + item.seq;
-    const int head = work.head * p.heads_per_kv() + row % p.heads_per_kv();
-    const int token = row / p.heads_per_kv();
-    p.lse[(group_seq * p.h_q + head) * p.s_q + token] = lse * kLn2;
-  } else {
-    p.partial_lse[partial_row(p, work, item, row)] = lse;
-  }
-}
-
 template <int kCtas, typename Element>
-__device__ __forceinline__ void run_scores(const DecodeParams& p, SharedMemory<Element>& smem,
+__device__ __forceinline__ void run_scores(const KernelParams& p, SharedMemory<Element>& smem,
                                            int thread) {
   const Work& work = smem.work;
   const Rows rows(thread);
@@ -280,7 +254,7 @@ __device__ __forceinline__ void run_scores(const DecodeParams& p, SharedMemory<E
           if (last) {
             total[i] = row_sum(stats.sum[i]);
             if (writer) {
-              smem.inverse[rope.slot][rows.row(i)] = total[i] == 0 ? 0 : 1 / total[i];
+              smem.inverse[rope.slot][rows.row(i)] = total[i] == 0 ? 0 : __fdividef(1.0f, total[i]);
             }
           }
         }
@@ -302,7 +276,7 @@ __device__ __forceinline__ void run_scores(const DecodeParams& p, SharedMemory<E
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float lse = total[i] == 0 ? -INFINITY : stats.max[i] + log2f(total[i]);
+      const float lse = total[i] == 0 ? -INFINITY : stats.max[i] + __log2f(total[i]);
       if (writer) write_lse(p, work, item, work.tile * kRowTile + rows.row(i), lse);
     }
   }

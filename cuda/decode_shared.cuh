@@ -5,7 +5,7 @@
 
 #include <cute/tensor.hpp>
 
-#include "cuda/decode.h"
+#include "cuda/kernel_params.cuh"
 #include "cuda/plan.h"
 #include "cuda/tensor_map.h"
 
@@ -58,6 +58,10 @@ struct Work {
   int group;
   int head;  // KV head
   int tile;
+  // Where the group begins, among all groups' sequences, entries of the block table, slots.
+  int64_t first_seq;
+  int64_t first_entry;
+  int64_t first_slot;
   int begin_seq, begin_block, end_seq, end_block, begin_split;
 };
 
@@ -81,6 +85,7 @@ struct SharedMemory {
   } weights[kRopeSlots];
   EmptyBarrier factors_read[kRopeSlots];  // factor and inverse may be overwritten
   EmptyBarrier q_empty;                   // all scores with q are computed
+  EmptyBarrier work_known;                // `work` is there
 };
 static_assert(sizeof(SharedMemory<cutlass::bfloat16_t>) <= 232448, "an SM has 227 KiB");
 
@@ -114,26 +119,43 @@ __device__ __forceinline__ void release(const EmptyBarrier& barrier, int lane) {
   }
 }
 
-__device__ __forceinline__ Work find_work(const DecodeParams& p) {
+// Zero, which the compiler takes for different in every lane: it then keeps what comes of it out of
+// the uniform datapath, where a chain of instructions takes twice the time.
+__device__ __forceinline__ uint32_t zero_of_lane() {
+  uint32_t lower_lanes;
+  asm("mov.u32 %0, %%lanemask_lt;" : "=r"(lower_lanes));
+  return lower_lanes >> 31;
+}
+
+// Finds a CTA's part of the grid, and begins to load what the plan says of it. That has not arrived
+// when this returns: it is for `check_plan`. `zero`: perhaps `zero_of_lane`.
+__device__ __forceinline__ Work find_work(const KernelParams& p, uint32_t zero = 0) {
   // Row tiles first: CTAs that run side by side read the same keys.
-  unsigned index = blockIdx.x;
   Work work;
-  work.tile = index % p.row_tiles();
-  index /= p.row_tiles();
-  work.head = index % p.h_kv;
-  index /= p.h_kv;
-  const int part = index % p.num_parts;
-  work.group = index / p.num_parts;
-  const int4* row = reinterpret_cast<const int4*>(
-      p.tile_scheduler_metadata +
-      (static_cast<int64_t>(work.group) * p.num_parts + part) * kMetadataColumns);
-  const int4 range = row[0];
-  // Any metadata keeps the kernel inside its buffers.
-  work.begin_seq = min(max(range.x, 0), p.batch);
-  work.begin_block = max(range.y, 0);
-  work.end_seq = min(max(range.z, 0), p.batch);
-  work.end_block = work.end_seq < p.batch ? max(range.w, 0) : 0;
-  work.begin_split = max(row[1].x, 0);
+  int tile_group, head_group, part;
+  p.by_row_tiles(tile_group, work.tile, static_cast<int>(blockIdx.x));
+  p.by_h_kv(head_group, work.head, tile_group);
+  p.by_num_parts(work.group, part, head_group);
+  const int64_t row = static_cast<int64_t>(work.group) * p.num_parts + part;
+  const int4* plan = reinterpret_cast<const int4*>(p.tile_scheduler_metadata) +
+                     row * (kMetadataColumns / 4) + zero;
+  const int4 range = plan[0];
+  work.begin_seq = range.x, work.begin_block = range.y;
+  work.end_seq = range.z, work.end_block = range.w;
+  work.begin_split = plan[1].x;
+  work.first_seq = static_cast<int64_t>(work.group) * p.batch;
+  work.first_entry = work.first_seq * p.max_blocks;
+  work.first_slot = static_cast<int64_t>(work.group) * p.slots;
+  return work;
+}
+
+// Any metadata keeps the kernel inside its buffers.
+__device__ __forceinline__ Work check_plan(const KernelParams& p, Work work) {
+  work.begin_seq = min(max(work.begin_seq, 0), p.batch);
+  work.begin_block = max(work.begin_block, 0);
+  work.end_seq = min(max(work.end_seq, 0), p.batch);
+  work.end_block = work.end_seq < p.batch ? max(work.end_block, 0) : 0;
+  work.begin_split = max(work.begin_split, 0);
   return work;
 }
 
@@ -152,16 +174,15 @@ __device__ __forceinline__ bool has_item(const Work& work, int seq) {
   return seq < work.end_seq || (seq == work.end_seq && work.end_block > 0);
 }
 
-__device__ __forceinline__ Item find_item(const DecodeParams& p, const Work& work, int seq) {
-  const int64_t group_seq = static_cast<int64_t>(work.group) * p.batch + seq;
+__device__ __forceinline__ Item find_item(const KernelParams& p, const Work& work, int seq) {
   Item item;
   item.seq = seq;
-  item.length = min(max(p.cache_seqlens[group_seq], 0), p.max_blocks * kBlock);
+  item.length = min(max(p.cache_seqlens[work.first_seq + seq], 0), p.max_blocks * kBlock);
   const int blocks = (item.length + kBlock - 1) / kBlock;
   item.first = seq == work.begin_seq ? min(work.begin_block, blocks) : 0;
   item.last = seq == work.end_seq ? min(work.end_block, blocks) : blocks;
   item.last = max(item.first, item.last);
-  const int32_t* splits = p.num_splits + static_cast<int64_t>(work.group) * (p.batch + 1) + seq;
+  const int32_t* splits = p.num_splits + work.first_seq + work.group + seq;
   const int split = seq == work.begin_seq ? work.begin_split : 0;
   const int slot = min(max(splits[0], 0) + split, p.slots - 1);
   item.slot = splits[1] - splits[0] > 1 ? slot : -1;
@@ -169,21 +190,19 @@ __device__ __forceinline__ Item find_item(const DecodeParams& p, const Work& wor
 }
 
 // Where row `row` of all the tile's query rows lies in [.., s_q, h_q, ..].
-__device__ __forceinline__ int64_t query_index(const DecodeParams& p, const Work& work, int seq,
+__device__ __forceinline__ int64_t query_index(const KernelParams& p, const Work& work, int seq,
                                                int row) {
-  const int64_t group_seq = static_cast<int64_t>(work.group) * p.batch + seq;
-  const int64_t first = group_seq * p.s_q * p.h_q;
+  const int64_t first = (work.first_seq + seq) * (p.s_q * p.h_q);
   if (p.h_kv == 1) return first + row;  // spares a division
-  const int token = row / p.heads_per_kv();
-  const int head = work.head * p.heads_per_kv() + row % p.heads_per_kv();
-  return first + int64_t{token} * p.h_q + head;
+  int token, head;
+  p.by_heads_per_kv(token, head, row);
+  return first + int64_t{token} * p.h_q + work.head * p.heads_per_kv() + head;
 }
 
-// Which row of the partial results a row of all the tile's query rows is.
-__device__ __forceinline__ int64_t partial_row(const DecodeParams& p, const Work& work,
-                                               const Item& item, int row) {
-  const int64_t slot = static_cast<int64_t>(work.group) * p.slots + item.slot;
-  return (slot * p.h_kv + work.head) * p.num_rows() + row;
+// Which of all tiles of partial results a tile of the item's is.
+__device__ __forceinline__ int64_t partial_tile(const KernelParams& p, const Work& work,
+                                                const Item& item, int tile) {
+  return ((work.first_slot + item.slot) * p.h_kv + work.head) * p.partial_tiles() + tile;
 }
 
 // A thread's view of an accumulator: two rows of the tile, eight apart.

@@ -5,8 +5,10 @@
 #include <cfloat>
 
 #include "cuda/decode_load.cuh"
+#include "cuda/decode_narrow.h"
 #include "cuda/decode_scores.cuh"
 #include "cuda/decode_values.cuh"
+#include "cuda/launch.cuh"
 
 namespace jax_flashmla {
 namespace {
@@ -28,46 +30,53 @@ __device__ __forceinline__ void init_barriers(SharedMemory<Element>& smem) {
   }
   smem.q_full.init(1);
   smem.q_empty.init(kWarps);
+  smem.work_known.init(1);
   cutlass::arch::fence_barrier_init();
 }
 
 // A cluster of `kCtas` CTAs works on as many row tiles of the same sequence.
 template <int kCtas, typename Element>
 __global__ void __launch_bounds__(kThreads, 1)
-    split_kernel(const __grid_constant__ DecodeParams p, const __grid_constant__ TensorMaps maps) {
+    split_kernel(const __grid_constant__ KernelParams p, const __grid_constant__ TensorMaps maps) {
   extern __shared__ __align__(1024) char raw[];
   auto& smem = *reinterpret_cast<SharedMemory<Element>*>(raw);
-  const Work work = find_work(p);  // on its way while shared memory is set up
-  // The combine kernel may take its place on an SM as soon as that has no more work.
-  cudaTriggerProgrammaticLaunchCompletion();
-  if (threadIdx.x == 0) {
-    for (const CUtensorMap* map : {&maps.keys, &maps.rope_keys, &maps.q_nope, &maps.q_rope}) {
-      cute::prefetch_tma_descriptor(reinterpret_cast<const TmaDescriptor*>(map));
+  const auto sync = [] {
+    if constexpr (kCtas == 1) {
+      __syncthreads();
+    } else {
+      cluster_sync();
     }
-    init_barriers<kCtas>(smem);
-  }
-  clear_missing_rows(p, smem, work.tile);
-  if (!has_item(work, work.begin_seq)) return;
-  if (threadIdx.x == 0) smem.work = work;
-  if constexpr (kCtas == 1) {
-    __syncthreads();
-  } else {
-    cluster_sync();
-  }
-
+  };
   const int role = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0);
   const int thread = threadIdx.x % kWarpgroup;
   if (role == kLoader) {
     cutlass::arch::warpgroup_reg_dealloc<40>();
-    if (thread == 0) load_keys<kCtas>(p, maps, smem);
-    if (thread == 32) load_queries(p, maps, smem, kLeft);
-    if (thread == 64) load_queries(p, maps, smem, kRight);
-  } else if (role == kScores) {
-    cutlass::arch::warpgroup_reg_alloc<152>();
-    run_scores<kCtas>(p, smem, thread);
+    if (thread == 0) init_barriers<kCtas>(smem);
+    if (thread == 96) prefetch_maps(maps);
+    __syncwarp();
+    wait_for_kernel_before();
+    const Work found = find_work(p, zero_of_lane());  // on its way while all meet
+    sync();
+    const Work work = check_plan(p, found);
+    if (thread == 0) {
+      smem.work = work;
+      smem.work_known.arrive();
+      load_keys<kCtas>(p, maps, smem, work);
+    }
+    if (thread == 32) load_queries(p, maps, smem, work, kLeft);
+    if (thread == 64) load_queries(p, maps, smem, work, kRight);
   } else {
-    cutlass::arch::warpgroup_reg_alloc<160>();
-    run_values<kCtas>(p, smem, role, thread);
+    clear_missing_rows(p, smem.q, threadIdx.x);
+    sync();
+    wait_for_kernel_before();
+    smem.work_known.wait(0);
+    if (role == kScores) {
+      cutlass::arch::warpgroup_reg_alloc<152>();
+      run_scores<kCtas>(p, smem, thread);
+    } else {
+      cutlass::arch::warpgroup_reg_alloc<160>();
+      run_values<kCtas>(p, smem, role, thread);
+    }
   }
   // The others may still write into this CTA's shared memory, or tell it what they have read.
   if constexpr (kCtas > 1) cluster_sync();
@@ -75,24 +84,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <int kCtas, typename Element>
 cudaError_t launch(const DecodeParams& p, const TensorMaps& maps, cudaStream_t stream) {
-  constexpr int kBytes = sizeof(SharedMemory<Element>);
-  const auto kernel = split_kernel<kCtas, Element>;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (error != cudaSuccess) return error;
-  const int64_t ctas = int64_t{p.groups} * p.num_parts * p.h_kv * p.row_tiles();
-  if (ctas > INT32_MAX) return cudaErrorInvalidConfiguration;
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {kCtas, 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(ctas));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kBytes;
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = kCtas > 1;
-  return cudaLaunchKernelEx(&config, kernel, p, maps);
+  const LaunchShape shape = {.ctas = int64_t{p.groups} * p.num_parts * p.h_kv * p.row_tiles(),
+                             .threads = kThreads,
+                             .shared_bytes = sizeof(SharedMemory<Element>),
+                             .cluster = kCtas};
+  return launch_dependent(split_kernel<kCtas, Element>, shape, stream, p, maps);
 }
 
 template <typename Element>
@@ -107,6 +103,7 @@ cudaError_t launch_split(const DecodeParams& p, cudaStream_t stream) {
   TensorMaps maps;
   const cudaError_t error = make_tensor_maps(p, &maps);
   if (error != cudaSuccess) return error;
+  if (is_narrow(p)) return launch_narrow_split(p, maps, stream);
   return p.dtype == DType::kBFloat16 ? launch_for_tiles<cutlass::bfloat16_t>(p, maps, stream)
                                      : launch_for_tiles<cutlass::half_t>(p, maps, stream);
 }

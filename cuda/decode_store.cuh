@@ -1,39 +1,47 @@
-// How a value warpgroup of the split kernel writes its half of the output.
+// How warps of the split kernels write what they have accumulated: 16 rows by some tiles of eight
+// columns, of which a lane has a float4 each, in the order of partial results (see decode.h).
 #pragma once
 
 #include "cuda/decode_shared.cuh"
 
 namespace jax_flashmla {
 
-// Multiplies by the inverse sums and writes a half of the columns to `out` or to the partial
-// result. A thread holds columns 2t and 2t + 1 of every eight, t its number in the quad that shares
-// a row. The code is plain to be short: it runs once per item, and instructions are then not in the
-// cache.
-template <typename Element, typename Accumulator>
-__device__ __forceinline__ void write_output(const DecodeParams& p, const Work& work,
-                                             const Item& item, int half, const Rows& rows,
-                                             const float (&inverse)[2], const Accumulator& out) {
-  const int first_column = half * kHalfTiles * 64 + rows.column;
+inline constexpr int kColumnTile = 8;
+
+// Where a lane's part of a partial result goes, from tile of columns `first_tile` on. `row`: the
+// first of the warp's rows, of all of the KV head.
+__device__ __forceinline__ float4* partial_target(const KernelParams& p, const Work& work,
+                                                  const Item& item, int row, int first_tile,
+                                                  int lane) {
+  const int64_t tile = partial_tile(p, work, item, row / kPartialRows);
+  return reinterpret_cast<float4*>(p.partial_out) +
+         (tile * (kLatentDim / kColumnTile) + first_tile) * 32 + lane;
+}
+
+// Writes `kCount` tiles of columns: 32-bit partial results, to `partial`, if the item's sequence is
+// split, else 16-bit results. `get(i)`: the lane's part of the i-th tile.
+template <typename Element, int kCount, typename Get>
+__device__ __forceinline__ void write_output(const KernelParams& p, const Work& work,
+                                             const Item& item, float4* partial, int row,
+                                             int first_tile, int lane, const Get& get) {
+  if (row >= p.num_rows()) return;
+  if (item.slot >= 0) {
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int row = work.tile * kRowTile + rows.row(i);
-    if (row >= p.num_rows()) break;
-    const auto pair = [&](int j) __attribute__((always_inline)) {
-      return make_float2(out(j * 4 + i * 2) * inverse[i], out(j * 4 + i * 2 + 1) * inverse[i]);
-    };
-    if (item.slot < 0) {
-      const int64_t index = query_index(p, work, item.seq, row);
-      Element* target = static_cast<Element*>(p.out) + index * kLatentDim + first_column;
+    for (int i = 0; i < kCount; ++i) partial[i * 32] = get(i);
+    return;
+  }
 #pragma unroll
-      for (int j = 0; j < 32; ++j) {
-        const float2 x = pair(j);
-        Element rounded[2] = {Element(x.x), Element(x.y)};
-        *reinterpret_cast<uint32_t*>(target + j * 8) = *reinterpret_cast<uint32_t*>(rounded);
-      }
-    } else {
-      float* target = p.partial_out + partial_row(p, work, item, row) * kLatentDim + first_column;
+  for (int half = 0; half < 2; ++half) {
+    const int my_row = row + lane / 4 + 8 * half;
+    if (my_row >= p.num_rows()) return;
+    Element* target = static_cast<Element*>(p.out) +
+                      query_index(p, work, item.seq, my_row) * kLatentDim +
+                      first_tile * kColumnTile + lane % 4 * 2;
 #pragma unroll
-      for (int j = 0; j < 32; ++j) *reinterpret_cast<float2*>(target + j * 8) = pair(j);
+    for (int i = 0; i < kCount; ++i) {
+      const float4 x = get(i);
+      Element pair[2] = {Element(half == 0 ? x.x : x.z), Element(half == 0 ? x.y : x.w)};
+      *reinterpret_cast<uint32_t*>(target + i * kColumnTile) = *reinterpret_cast<uint32_t*>(pair);
     }
   }
 }

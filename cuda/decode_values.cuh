@@ -38,7 +38,7 @@ __device__ __forceinline__ void issue_values(Element (&weights)[kTileElements], 
 }
 
 template <int kCtas, typename Element>
-__device__ __forceinline__ void run_values(const DecodeParams& p, SharedMemory<Element>& smem,
+__device__ __forceinline__ void run_values(const KernelParams& p, SharedMemory<Element>& smem,
                                            int side, int thread) {
   const Work& work = smem.work;
   const Rows rows(thread);
@@ -84,7 +84,14 @@ __device__ __forceinline__ void run_values(const DecodeParams& p, SharedMemory<E
       half.advance();
       rope.advance();
     }
-    write_output<Element>(p, work, item, side, rows, inverse, out);
+    const auto get = [&](int i) __attribute__((always_inline)) {
+      return make_float4(out(4 * i) * inverse[0], out(4 * i + 1) * inverse[0],
+                         out(4 * i + 2) * inverse[1], out(4 * i + 3) * inverse[1]);
+    };
+    constexpr int kCount = kHalfTiles * 64 / kColumnTile;
+    const int row = work.tile * kRowTile + thread / 32 * 16;
+    float4* const partial = partial_target(p, work, item, row, side * kCount, lane);
+    write_output<Element, kCount>(p, work, item, partial, row, side * kCount, lane, get);
   }
 }
 

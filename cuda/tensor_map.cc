@@ -42,31 +42,38 @@ cudaError_t make_key_map(const DecodeParams& p, cuuint32_t tiles, CUtensorMap* m
 }
 
 int query_box_rows(const DecodeParams& p) {
-  if (p.h_kv == 1 || p.s_q == 1) return p.num_rows() < kRowTile ? p.num_rows() : kRowTile;
+  if (p.h_kv == 1 || p.s_q == 1) {
+    return is_narrow(p) ? kNarrowRows : p.num_rows() < kRowTile ? p.num_rows() : kRowTile;
+  }
   int rows = kRowTile;  // the largest power of two that divides heads_per_kv
   while (p.heads_per_kv() % rows != 0) rows /= 2;
   return rows;
 }
 
-cudaError_t make_query_map(const DecodeParams& p, const void* data, int columns, int stride,
-                           CUtensorMap* map) {
+// `tiles`: how many there are, and in a box.
+cudaError_t make_query_map(const DecodeParams& p, const void* data, int stride, int tiles,
+                           int box_tiles, CUtensorMap* map) {
   const cuuint64_t rows = static_cast<cuuint64_t>(p.groups) * p.batch * p.s_q * p.h_q;
-  const cuuint32_t box_rows = query_box_rows(p);
-  return make_map<2>(p.dtype, data, {static_cast<cuuint64_t>(columns), rows},
-                     {static_cast<cuuint64_t>(stride) * 2}, {64, box_rows}, map);
+  return make_map<3>(
+      p.dtype, data, {64, rows, static_cast<cuuint64_t>(tiles)},
+      {static_cast<cuuint64_t>(stride) * 2, 128},
+      {64, static_cast<cuuint32_t>(query_box_rows(p)), static_cast<cuuint32_t>(box_tiles)}, map);
 }
 
 }  // namespace
 
 cudaError_t make_tensor_maps(const DecodeParams& p, TensorMaps* maps) {
+  constexpr int kNopeTiles = kLatentDim / 64;
   maps->q_box_rows = query_box_rows(p);
+  maps->q_box_tiles = is_narrow(p) && maps->q_box_rows == kNarrowRows ? kNopeTiles : 1;
   cudaError_t error = make_key_map(p, kKeyBoxTiles, &maps->keys);
   if (error == cudaSuccess) error = make_key_map(p, 1, &maps->rope_keys);
   if (error == cudaSuccess) {
-    error = make_query_map(p, p.q_nope, kLatentDim, p.q_nope_stride, &maps->q_nope);
+    error =
+        make_query_map(p, p.q_nope, p.q_nope_stride, kNopeTiles, maps->q_box_tiles, &maps->q_nope);
   }
   if (error == cudaSuccess) {
-    error = make_query_map(p, p.q_rope, kHeadDim - kLatentDim, p.q_rope_stride, &maps->q_rope);
+    error = make_query_map(p, p.q_rope, p.q_rope_stride, 1, 1, &maps->q_rope);
   }
   return error;
 }

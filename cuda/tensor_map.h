@@ -16,11 +16,12 @@ struct TensorMaps {
   // boxes of 64 tokens and kKeyBoxTiles tiles, and of one tile. Other pages read as zeros.
   CUtensorMap keys;
   CUtensorMap rope_keys;
-  // All query rows, coordinates (column, row), boxes of q_box_rows rows: as many of a row tile as
-  // are always neighbours in memory.
+  // All query rows, coordinates (column of a tile, row, tile), boxes of q_box_rows rows: as many of
+  // a row tile as are always neighbours in memory. q_box_tiles: of a box of q_nope.
   CUtensorMap q_nope;
   CUtensorMap q_rope;
   int q_box_rows;
+  int q_box_tiles;
 };
 
 cudaError_t make_tensor_maps(const DecodeParams& params, TensorMaps* maps);

@@ -20,6 +20,8 @@ from jax_flashmla.primitive import (
     result_aval,
 )
 
+PARTIAL_ROWS = 16  # the kernels' partial results are in tiles of so many query rows
+
 
 def flash_mla_with_kvcache(
     q: jax.Array | tuple[jax.Array, jax.Array],
@@ -310,6 +312,20 @@ def _xla_lowering(walk):
     return lower_as_jax(functools.partial(_decode_local_xla, walk=walk))
 
 
+def partial_types(slots, rows):
+    """The kernels' buffers of partial results: outputs and log-sum-exps (see cuda/decode.h).
+
+    Args:
+      slots: the leading dimensions: (groups,) slots of `num_splits`, KV heads.
+      rows: query tokens x heads per KV head.
+    """
+    tiles = -(-rows // PARTIAL_ROWS)
+    return (
+        jax.ShapeDtypeStruct((*slots, tiles, PARTIAL_ROWS * LATENT_DIM), jnp.float32),
+        jax.ShapeDtypeStruct((*slots, tiles, PARTIAL_ROWS), jnp.float32),
+    )
+
+
 def _decode_local_cuda(*operands, config):
     q, (k_cache, block_table, cache_seqlens), metadata = config.split_operands(operands)
     groups, batch, s_q, h_q, _ = q[0].shape
@@ -322,8 +338,7 @@ def _decode_local_cuda(*operands, config):
         native.FFI_TARGETS["decode"],
         [
             *(jax.ShapeDtypeStruct(*result) for result in _result_types(q[0])),
-            jax.ShapeDtypeStruct((groups, slots, h_kv, rows, LATENT_DIM), jnp.float32),
-            jax.ShapeDtypeStruct((groups, slots, h_kv, rows), jnp.float32),
+            *partial_types((groups, slots, h_kv), rows),
         ],
     )
     out, lse, *_workspace = call(

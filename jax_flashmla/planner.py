@@ -87,9 +87,7 @@ def _even_cuts(blocks: jax.Array, batch: jax.Array, parts: int, least: int):
     return pieces, position, jnp.where(done, 0, split), cost
 
 
-def plan_reference(
-    cache_seqlens: jax.Array, parts: int, least: int
-) -> tuple[jax.Array, jax.Array]:
+def plan_reference(cache_seqlens: jax.Array, parts: int, least: int) -> tuple[jax.Array, jax.Array]:
     """Plans one group.
 
     Args:

@@ -14,6 +14,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from jax_flashmla import get_mla_metadata, native
+from jax_flashmla.decode import partial_types
 from tests import problems, support
 
 HEADS = (1, 3, 9, 63, 64, 126, 128)
@@ -48,7 +49,7 @@ def launch(arrays, metadata, h_kv, causal, **options):
     slots = batch + parts
     out = poisoned((batch, s_q, h_q, 512), q.dtype)
     lse = poisoned((batch, h_q, s_q))
-    workspace = poisoned((slots, h_kv, rows, 512)), poisoned((slots, h_kv, rows))
+    workspace = [poisoned(buffer.shape) for buffer in partial_types((slots, h_kv), rows)]
     operands = jax.block_until_ready((*arrays, *metadata, out, lse, *workspace))
     microseconds = native.module.bench.time_decode(
         [x.unsafe_buffer_pointer() for x in operands],

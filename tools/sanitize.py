@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_flashmla import get_mla_metadata, native
+from jax_flashmla.decode import partial_types
 
 SCALE = 1 / 24  # what the launch uses
 # lengths, s_q, h_q, h_kv, num_sms: few SMs, so that a thread block has several sequences.
@@ -51,8 +52,7 @@ def decode(lengths, s_q, h_q, h_kv, num_sms):
     out = cupy.full((batch, s_q, h_q, 512), 0x7FC0, np.uint16)  # NaN
     lse = cupy.full((batch, h_q, s_q), np.nan, np.float32)
     workspace = [
-        cupy.full(shape, np.nan, np.float32)
-        for shape in ((slots, h_kv, rows, 512), (slots, h_kv, rows))
+        cupy.full(buffer.shape, np.nan, np.float32) for buffer in partial_types((slots, h_kv), rows)
     ]
     cupy.cuda.Device().synchronize()
     native.module.bench.time_decode(

@@ -69,17 +69,18 @@ std::vector<float> time_plan(HostLengths cache_seqlens, int num_parts, int overh
 // Times decode on device arrays that the caller keeps alive, given by their addresses
 // (jax.Array.unsafe_buffer_pointer) in the order q, k_cache, block_table, cache_seqlens,
 // tile_scheduler_metadata, num_splits, out, lse, partial_out, partial_lse.
-// One group, bfloat16, whole queries. `what`: "decode", its kernels "split" and "combine", or
+// One group, whole queries. `what`: "decode", its kernels "split" and "combine", or
 // "floor". `copies`: how many q and out there are, one after the other; launches take them in turn.
 std::vector<float> time_decode(const std::vector<uintptr_t>& operands, int batch, int s_q, int h_q,
                                int h_kv, int num_blocks, int max_blocks, int num_parts, int slots,
-                               bool causal, const std::string& what, int launches, int replays,
-                               int copies) {
+                               bool causal, const std::string& dtype, const std::string& what,
+                               int launches, int replays, int copies) {
   if (operands.size() != 10) throw std::invalid_argument("expected the addresses of 10 arrays");
+  if (dtype != "bfloat16" && dtype != "float16") throw std::invalid_argument("dtype: " + dtype);
   const auto pointer = [&](int i) { return reinterpret_cast<void*>(operands[i]); };
   const auto ints = [&](int i) { return static_cast<const int32_t*>(pointer(i)); };
   const DecodeParams params = {
-      .dtype = DType::kBFloat16,
+      .dtype = dtype == "bfloat16" ? DType::kBFloat16 : DType::kFloat16,
       .q_nope = pointer(0),
       .q_rope = static_cast<const uint16_t*>(pointer(0)) + kLatentDim,
       .q_nope_stride = kHeadDim,
@@ -135,7 +136,7 @@ void bind_benchmarks(nb::module_& module) {
              "Microseconds per launch of the planner, one sample per replay of a CUDA graph.");
   module.def("time_decode", &time_decode, "operands"_a, nb::kw_only(), "batch"_a, "s_q"_a, "h_q"_a,
              "h_kv"_a, "num_blocks"_a, "max_blocks"_a, "num_parts"_a, "slots"_a, "causal"_a,
-             "what"_a, "launches"_a, "replays"_a, "copies"_a = 1,
+             "dtype"_a = "bfloat16", "what"_a, "launches"_a, "replays"_a, "copies"_a = 1,
              nb::call_guard<nb::gil_scoped_release>(),
              "Microseconds per decode, one sample per replay of a CUDA graph.");
 }

@@ -1,7 +1,7 @@
 #include <cutlass/numeric_types.h>
 
 #include "cuda/bench/load_floor.h"
-#include "cuda/decode_load.cuh"
+#include "cuda/decode_copies.cuh"
 
 namespace jax_flashmla {
 namespace {
@@ -13,7 +13,7 @@ struct FloorMemory {
   FullBarrier full[kSlots];
 };
 
-__global__ void __launch_bounds__(32) load_floor_kernel(const __grid_constant__ DecodeParams p,
+__global__ void __launch_bounds__(32) load_floor_kernel(const __grid_constant__ KernelParams p,
                                                         const __grid_constant__ TensorMaps maps) {
   extern __shared__ __align__(1024) char raw[];
   auto& smem = *reinterpret_cast<FloorMemory*>(raw);
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(32) load_floor_kernel(const __grid_constant__ 
   }
   __syncwarp();
 
-  const Work work = find_work(p);
+  const Work work = check_plan(p, find_work(p));
   Ring<kSlots> slot;
   int loaded = 0;
   for (int seq = work.begin_seq; has_item(work, seq); ++seq) {
@@ -36,7 +36,8 @@ __global__ void __launch_bounds__(32) load_floor_kernel(const __grid_constant__ 
       const int tile = lane * kKeyBoxTiles;
       if (tile < kTiles) {
         load_box<1>(tile == kRopeTile ? &maps.rope_keys : &maps.keys, smem.full[slot.slot],
-                    smem.k[slot.slot][tile], tile, work.head, find_page(p, work, seq, block));
+                    smem.k[slot.slot][tile], tile, work.head,
+                    check_page(p, work, load_page(p, work, seq, block)));
       }
       slot.advance();
       ++loaded;
@@ -62,7 +63,7 @@ cudaError_t launch_load_floor(const DecodeParams& p, cudaStream_t stream) {
       cudaFuncSetAttribute(load_floor_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
   const unsigned ctas = static_cast<unsigned>(p.groups * p.num_parts * p.h_kv);
-  load_floor_kernel<<<ctas, 32, kBytes, stream>>>(p, maps);
+  load_floor_kernel<<<ctas, 32, kBytes, stream>>>(KernelParams(p), maps);
   return cudaGetLastError();
 }
 

@@ -34,7 +34,7 @@ ffi::Error decode(cudaStream_t stream, ffi::AnyBuffer q_nope, ffi::AnyBuffer q_r
   const auto metadata = tile_scheduler_metadata.dimensions();
   const auto partial = partial_lse->dimensions();
   if (q.size() != 5 || cache.size() != 5 || table.size() != 3 || metadata.size() != 3 ||
-      partial.size() != 4) {
+      partial.size() != 5) {
     return misfit("ranks do not fit");
   }
   const int64_t groups = q[0], batch = q[1], s_q = q[2], h_q = q[3], width = q[4];
@@ -48,7 +48,7 @@ ffi::Error decode(cudaStream_t stream, ffi::AnyBuffer q_nope, ffi::AnyBuffer q_r
     return misfit("an extent is zero, or h_q no multiple of h_kv");
   }
   const bool whole = width == kHeadDim;
-  const int64_t rows = s_q * (h_q / h_kv);
+  const int64_t tiles = (s_q * (h_q / h_kv) + kPartialRows - 1) / kPartialRows;
   const bool shapes_fit =
       (whole ? has_shape(q_rope, {groups, batch, s_q, h_q, kHeadDim})
              : width == kLatentDim &&
@@ -60,9 +60,9 @@ ffi::Error decode(cudaStream_t stream, ffi::AnyBuffer q_nope, ffi::AnyBuffer q_r
       has_shape(num_splits, {groups, batch + 1}) &&
       has_shape(*out, {groups, batch, s_q, h_q, kLatentDim}) &&
       has_shape(*lse, {groups, batch, h_q, s_q}) &&
-      has_shape(*partial_out, {groups, slots, h_kv, rows, kLatentDim}) &&
-      has_shape(*partial_lse, {groups, slots, h_kv, rows}) && slots >= batch + metadata[1] - 1 &&
-      table[2] < kLimit / kBlockTokens;
+      has_shape(*partial_out, {groups, slots, h_kv, tiles, kPartialRows * kLatentDim}) &&
+      has_shape(*partial_lse, {groups, slots, h_kv, tiles, kPartialRows}) &&
+      slots >= batch + metadata[1] - 1 && table[2] < kLimit / kBlockTokens;
   if (!shapes_fit) return misfit("shapes do not fit");
 
   const auto dtype = q_nope.element_type();

@@ -1,0 +1,57 @@
+// The copies that loaders of both split kernels issue: queries and keys, by the copy engine. One
+// thread each, since the issue of a copy by several lanes of a warp is slow.
+#pragma once
+
+#include "cuda/decode_shared.cuh"
+
+namespace jax_flashmla {
+
+// Copies a box of keys that begins with tile `tile`, into every CTA of the cluster: they work on
+// the same keys.
+template <int kCtas>
+__device__ __forceinline__ void load_box(const CUtensorMap* map, FullBarrier& barrier, void* target,
+                                         int tile, int head, int page) {
+  constexpr auto kHint = static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_FIRST);
+  auto* const full = reinterpret_cast<uint64_t*>(&barrier);
+  if constexpr (kCtas == 1) {
+    SM90_TMA_LOAD_5D::copy(map, full, kHint, target, 0, 0, tile, head, page);
+  } else {
+    SM90_TMA_LOAD_MULTICAST_5D::copy(map, full, (1 << kCtas) - 1, kHint, target, 0, 0, tile, head,
+                                     page);
+  }
+}
+
+// What the table has for a block of a sequence; for `check_page`, since it has not arrived when
+// this returns.
+__device__ __forceinline__ int load_page(const KernelParams& p, const Work& work, int seq,
+                                         int block) {
+  if (seq >= p.batch || block >= p.max_blocks) return -1;
+  return p.block_table[work.first_entry + static_cast<int64_t>(seq) * p.max_blocks + block];
+}
+
+// As a page of all groups' pages; -1: a page that does not exist.
+__device__ __forceinline__ int check_page(const KernelParams& p, const Work& work, int page) {
+  return page < 0 || page >= p.num_blocks ? -1 : work.group * p.num_blocks + page;
+}
+
+// Copies a box of the queries that begins with tile `tile` and row `row` of all.
+template <typename Element>
+__device__ __forceinline__ void load_query_box(const TensorMaps& maps, FullBarrier& barrier,
+                                               Element* target, int tile, int64_t row) {
+  constexpr auto kHint = static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_NORMAL);
+  auto* const full = reinterpret_cast<uint64_t*>(&barrier);
+  // Not one call with the map chosen: nvcc 13.0 does not survive that.
+  if (tile == kRopeTile) {
+    SM90_TMA_LOAD_3D::copy(&maps.q_rope, full, kHint, target, 0, static_cast<int32_t>(row), 0);
+  } else {
+    SM90_TMA_LOAD_3D::copy(&maps.q_nope, full, kHint, target, 0, static_cast<int32_t>(row), tile);
+  }
+}
+
+__device__ __forceinline__ void prefetch_maps(const TensorMaps& maps) {
+  for (const CUtensorMap* map : {&maps.keys, &maps.rope_keys, &maps.q_nope, &maps.q_rope}) {
+    cute::prefetch_tma_descriptor(reinterpret_cast<const TmaDescriptor*>(map));
+  }
+}
+
+}  // namespace jax_flashmla

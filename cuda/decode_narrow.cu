@@ -1,0 +1,141 @@
+// The split kernel for up to 16 query rows: products of 16 rows by registers (mma.sync), which
+// waste no rows, and a chain from the last key's arrival to the output that is as short as it can
+// be. The schedule is drawn in cuda/README.md.
+#include <cutlass/arch/reg_reconfig.h>
+#include <cutlass/numeric_types.h>
+
+#include "cuda/decode_copies.cuh"
+#include "cuda/decode_narrow.h"
+#include "cuda/decode_narrow_attend.cuh"
+#include "cuda/launch.cuh"
+
+namespace jax_flashmla {
+namespace {
+
+inline constexpr int kNarrowThreads = kMathThreads + kWarpgroup;
+// Of the last warpgroup, two threads load.
+inline constexpr int kKeyThread = kMathThreads;
+inline constexpr int kQueryThread = kMathThreads + 32;
+inline constexpr int kReady = 2;  // the named barrier for: memory is set up
+
+// The first queries are loaded even if they will see no key: their sequence's length has not come.
+template <typename Element>
+__device__ __forceinline__ void load_queries(const KernelParams& p, const TensorMaps& maps,
+                                             NarrowMemory<Element>& smem, const Work& work) {
+  uint32_t parity = 0;
+#pragma unroll 1
+  for (int seq = work.begin_seq; has_item(work, seq); ++seq) {
+    if (seq > work.begin_seq) {
+      if (find_item(p, work, seq).blocks() == 0) continue;
+      smem.q_empty.wait(parity);
+      parity ^= 1;
+    }
+    if (maps.q_box_tiles == kValueTiles) {  // all at once, with rows that do not exist
+      smem.q_full.arrive_and_expect_tx(sizeof(smem.q));
+      const int64_t first = query_index(p, work, seq, 0);
+      load_query_box(maps, smem.q_full, smem.q[0], 0, first);
+      load_query_box(maps, smem.q_full, smem.q[kRopeTile], kRopeTile, first);
+      continue;
+    }
+    smem.q_full.arrive_and_expect_tx(kTiles * p.num_rows() * 128);
+#pragma unroll 1
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll 1
+      for (int row = 0; row < p.num_rows(); row += maps.q_box_rows) {
+        load_query_box(maps, smem.q_full, smem.q[tile] + row * 64, tile,
+                       query_index(p, work, seq, row));
+      }
+    }
+  }
+}
+
+// In the order of their use. Each page is looked up before it is needed: the first before its
+// sequence's length has come.
+template <typename Element>
+__device__ __forceinline__ void load_keys(const KernelParams& p, const TensorMaps& maps,
+                                          NarrowMemory<Element>& smem, const Work& work) {
+  Ring<kChunkSlots> chunk;
+  Ring<kRopeSlots> rope;
+  int next = load_page(p, work, work.begin_seq, work.begin_block);
+#pragma unroll 1
+  for (int seq = work.begin_seq; has_item(work, seq); ++seq) {
+    const Item item = find_item(p, work, seq);
+#pragma unroll 1
+    for (int block = item.first; block < item.last; ++block) {
+      const bool last = block + 1 == item.last;
+      const int page = check_page(p, work, next);
+      next = load_page(p, work, last ? seq + 1 : seq, last ? 0 : block + 1);
+      smem.rope_empty[rope.slot].wait(rope.parity ^ 1);
+      smem.rope_full[rope.slot].arrive_and_expect_tx(kTileBytes);
+      load_box<1>(&maps.rope_keys, smem.rope_full[rope.slot], smem.rope[rope.slot], kRopeTile,
+                  work.head, page);
+      rope.advance();
+#pragma unroll 1
+      for (int i = 0; i < kChunks; ++i, chunk.advance()) {
+        smem.chunk_empty[chunk.slot].wait(chunk.parity ^ 1);
+        smem.chunk_full[chunk.slot].arrive_and_expect_tx(kKeyBoxTiles * kTileBytes);
+        load_box<1>(&maps.keys, smem.chunk_full[chunk.slot], smem.chunks[chunk.slot],
+                    i * kKeyBoxTiles, work.head, page);
+      }
+    }
+    if (item.blocks() == 0) next = load_page(p, work, seq + 1, 0);
+  }
+}
+
+template <typename Element>
+__global__ void __launch_bounds__(kNarrowThreads, 1)
+    narrow_kernel(const __grid_constant__ KernelParams p, const __grid_constant__ TensorMaps maps) {
+  extern __shared__ __align__(1024) char raw[];
+  auto& smem = *reinterpret_cast<NarrowMemory<Element>*>(raw);
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  if (warp < kMathWarps) {
+    cutlass::arch::warpgroup_reg_alloc<232>();
+    wait_for_kernel_before();
+    const Work work = check_plan(p, find_work(p));
+    if (threadIdx.x == 0) smem.work = work;
+    cutlass::arch::NamedBarrier::sync(kNarrowThreads, kReady);
+    if (has_item(work, work.begin_seq)) attend(p, smem, warp, threadIdx.x % 32);
+  } else {
+    cutlass::arch::warpgroup_reg_dealloc<40>();
+    // A thread that loads sets up the barriers itself that it needs, and waits for nobody.
+    if (threadIdx.x == kKeyThread) {
+      for (FullBarrier& barrier : smem.chunk_full) barrier.init(1);
+      for (EmptyBarrier& barrier : smem.chunk_empty) barrier.init(kKeyBoxTiles);
+      for (FullBarrier& barrier : smem.rope_full) barrier.init(1);
+      for (EmptyBarrier& barrier : smem.rope_empty) barrier.init(1);
+      cutlass::arch::fence_barrier_init();
+    } else if (threadIdx.x == kQueryThread) {
+      smem.q_full.init(1);
+      smem.q_empty.init(kMathWarps);
+      cutlass::arch::fence_barrier_init();
+    } else if (threadIdx.x == kQueryThread + 32) {
+      prefetch_maps(maps);
+    }
+    __syncwarp();
+    wait_for_kernel_before();
+    const Work found = find_work(p, zero_of_lane());
+    cutlass::arch::NamedBarrier::arrive(kNarrowThreads, kReady);
+    const Work work = check_plan(p, found);
+    if (threadIdx.x == kKeyThread) load_keys(p, maps, smem, work);
+    if (threadIdx.x == kQueryThread) load_queries(p, maps, smem, work);
+  }
+  __syncthreads();  // barriers of part of the CTA want all of it to be there
+}
+
+template <typename Element>
+cudaError_t launch(const DecodeParams& p, const TensorMaps& maps, cudaStream_t stream) {
+  const LaunchShape shape = {.ctas = int64_t{p.groups} * p.num_parts * p.h_kv,
+                             .threads = kNarrowThreads,
+                             .shared_bytes = sizeof(NarrowMemory<Element>)};
+  return launch_dependent(narrow_kernel<Element>, shape, stream, p, maps);
+}
+
+}  // namespace
+
+cudaError_t launch_narrow_split(const DecodeParams& p, const TensorMaps& maps,
+                                cudaStream_t stream) {
+  return p.dtype == DType::kBFloat16 ? launch<cutlass::bfloat16_t>(p, maps, stream)
+                                     : launch<cutlass::half_t>(p, maps, stream);
+}
+
+}  // namespace jax_flashmla

@@ -1,0 +1,214 @@
+// The warps of the split kernel for few query rows that multiply, and what each does with a block.
+#pragma once
+
+#include "cuda/decode_narrow_shared.cuh"
+#include "cuda/decode_softmax.cuh"
+#include "cuda/decode_store.cuh"
+
+namespace jax_flashmla {
+
+// All queries, as the operand A of 36 steps: what a warp keeps in its registers.
+struct Queries {
+  uint32_t a[kTiles * 4][4];
+};
+
+// The scores of all rows with the warp's eight keys, column after column as they land. An item's
+// first block, with `kRead`, also brings the queries, each tile when it is needed.
+template <bool kRead, typename Element>
+__device__ __forceinline__ float4 compute_scores(NarrowMemory<Element>& smem,
+                                                 Ring<kChunkSlots> chunk,
+                                                 const Ring<kRopeSlots>& rope, int warp, int lane,
+                                                 Queries& q) {
+  float4 sums[4] = {};  // products that do not wait for each other
+  const auto add_tile = [&](int tile, Element* keys) __attribute__((always_inline)) {
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      uint32_t b[2][2];
+      load_keys(keys, warp * kWarpKeys, pair, lane, b);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int step = pair * 2 + i;
+        multiply_add<Element>(sums[step], q.a[tile * 4 + step], b[i]);
+      }
+    }
+  };
+  const auto read_queries = [&](int tile) __attribute__((always_inline)) {
+    if constexpr (kRead) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) load_rows(smem.q[tile], i, lane, q.a[tile * 4 + i]);
+    }
+  };
+  read_queries(kRopeTile);
+  smem.rope_full[rope.slot].wait(rope.parity);
+  add_tile(kRopeTile, smem.rope[rope.slot]);
+#pragma unroll
+  for (int tile = 0; tile < kValueTiles; ++tile) {
+    read_queries(tile);
+    if (tile % kKeyBoxTiles == 0) {
+      if (tile > 0) chunk.advance();
+      smem.chunk_full[chunk.slot].wait(chunk.parity);
+    }
+    add_tile(tile, smem.chunks[chunk.slot][tile % kKeyBoxTiles]);
+  }
+  const auto add = [](const float4& x, const float4& y) {
+    return make_float4(x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w);
+  };
+  return add(add(sums[0], sums[1]), add(sums[2], sums[3]));
+}
+
+// Zeroes the keys past the end, which may be NaN: as values, 0 * NaN would reach the output. Each
+// warp in the tile that it multiplies.
+template <typename Element>
+__device__ __forceinline__ void clear_past_end(Element (&tile)[kTileElements], int valid,
+                                               int lane) {
+  uint4* vectors = reinterpret_cast<uint4*>(tile);
+#pragma unroll 1
+  for (int v = valid * 8 + lane; v < kBlock * 8; v += 32) vectors[v] = make_uint4(0, 0, 0, 0);
+  __syncwarp();
+}
+
+// O += P V for the warp's tile of the value columns.
+template <typename Element>
+__device__ __forceinline__ void multiply_values(Element (&values)[kTileElements],
+                                                Element (&weights)[kNarrowRows * 64], int lane,
+                                                float4 (&out)[8]) {
+#pragma unroll
+  for (int step = 0; step < kBlock / 16; ++step) {
+    uint32_t a[4];
+    load_rows(weights, step, lane, a);
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+      uint32_t b[2][2];
+      load_values(values, step, pair, lane, b);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) multiply_add<Element>(out[pair * 2 + i], a, b[i]);
+    }
+  }
+}
+
+// Multiplies a thread's two rows.
+__device__ __forceinline__ void scale_rows(float4 (&out)[8], const float (&factor)[2]) {
+#pragma unroll
+  for (float4& x : out) {
+    x = {x.x * factor[0], x.y * factor[0], x.z * factor[1], x.w * factor[1]};
+  }
+}
+
+template <typename Element>
+__device__ __forceinline__ void attend(const KernelParams& p, NarrowMemory<Element>& smem, int warp,
+                                       int lane) {
+  const auto larger = [](float x, float y) { return fmaxf(x, y); };
+  const auto add = [](float x, float y) { return x + y; };
+  const Work& work = smem.work;
+  const Quad quad(lane);
+  const float scale = p.softmax_scale * kLog2E;
+  int hidden[2] = {0, 0};  // keys at the end that a row may not see
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int token = p.by_heads_per_kv.div(quad.row + 8 * i);
+    if (p.causal) hidden[i] = max(p.s_q - 1 - token, 0);
+  }
+  Ring<kChunkSlots> chunk;
+  Ring<kRopeSlots> rope;
+  uint32_t q_parity = 0;
+  // Of memory that the copy engine writes next. Without a fence, an arrival overtakes reads before
+  // it.
+  const auto release_after_reads = [&](const EmptyBarrier& barrier) {
+    cutlass::arch::fence_view_async_shared();
+    __syncwarp();
+    release<1>(barrier, lane);
+  };
+#pragma unroll 1
+  for (int seq = work.begin_seq; has_item(work, seq); ++seq) {
+    const Item item = find_item(p, work, seq);
+    float4* const partial = partial_target(p, work, item, 0, warp * 8, lane);
+    float* lse[2] = {};  // found while the keys are on their way
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = quad.row + 8 * i;
+      const bool mine = warp == 0 && lane % 4 == 0 && row < p.num_rows();
+      if (mine) lse[i] = lse_target(p, work, item, row);
+    }
+    float max[2] = {-FLT_MAX, -FLT_MAX};
+    float sum[2] = {0, 0};
+    float inverse[2] = {0, 0};
+    float4 out[8] = {};
+    Queries q;
+    if (item.blocks() > 0 || seq == work.begin_seq) {
+      smem.q_full.wait(q_parity);
+      q_parity ^= 1;
+      if (item.blocks() == 0) release_after_reads(smem.q_empty);
+    }
+#pragma unroll 1
+    for (int block = item.first; block < item.last; ++block) {
+      float4 raw;
+      if (block == item.first) {
+        raw = compute_scores<true>(smem, chunk, rope, warp, lane, q);
+        release_after_reads(smem.q_empty);
+      } else {
+        raw = compute_scores<false>(smem, chunk, rope, warp, lane, q);
+      }
+      float scores[2][2] = {{raw.x, raw.y}, {raw.z, raw.w}};
+      const int left = item.length - block * kBlock;  // keys from this block on
+      const bool all_seen = left - (p.causal ? p.s_q - 1 : 0) >= kBlock;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const bool seen = all_seen || warp * kWarpKeys + quad.column + j < left - hidden[i];
+          scores[i][j] = seen ? scores[i][j] * scale : -INFINITY;
+        }
+        const float top = reduce_quad(fmaxf(scores[i][0], scores[i][1]), larger);
+        if (lane % 4 == 0) smem.maxima[quad.row + 8 * i][warp] = top;
+      }
+      sync_math();  // so the rotary tile has been read, too
+      if (threadIdx.x == 0) smem.rope_empty[rope.slot].arrive();
+      rope.advance();
+      float factor[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float top = reduce_eight(smem.maxima[quad.row + 8 * i], larger);
+        const float base = top > max[i] + kMaxLag ? top : max[i];
+        factor[i] = exp2_approx(max[i] - base);
+        max[i] = base;
+        const float first = exp2_approx(scores[i][0] - base);
+        const float second = exp2_approx(scores[i][1] - base);
+        sum[i] = sum[i] * factor[i] + first + second;
+        Element pair[2] = {Element(first), Element(second)};
+        Element* row = reinterpret_cast<Element*>(&vector_at(smem.weights, quad.row + 8 * i, warp));
+        *reinterpret_cast<uint32_t*>(row + quad.column) = *reinterpret_cast<uint32_t*>(pair);
+        smem.sums[quad.row + 8 * i][warp * 4 + lane % 4] = sum[i];
+      }
+      auto mine = chunk;  // where the warp's tile of the values lies
+      mine.advance(warp / kKeyBoxTiles);
+      auto& values = smem.chunks[mine.slot][warp % kKeyBoxTiles];
+      if (left < kBlock) clear_past_end(values, left, lane);
+      // The output is still zero before the first block.
+      const bool rescale = factor[0] != 1 || factor[1] != 1;
+      if (block > item.first && __any_sync(0xffffffffu, rescale)) scale_rows(out, factor);
+      sync_math();
+      if (block + 1 == item.last) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float* parts = smem.sums[quad.row + 8 * i] + lane % 4 * 8;
+          sum[i] = reduce_quad(reduce_eight(parts, add), add);
+          inverse[i] = sum[i] == 0 ? 0 : __fdividef(1.0f, sum[i]);
+        }
+      }
+      multiply_values(values, smem.weights, lane, out);
+      release_after_reads(smem.chunk_empty[mine.slot]);
+      chunk.advance(kChunks);
+    }
+    scale_rows(out, inverse);
+    write_output<Element, 8>(p, work, item, partial, 0, warp * 8, lane,
+                             [&](int i) { return out[i]; });
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (lse[i] == nullptr) continue;
+      const float value = sum[i] == 0 ? -INFINITY : max[i] + __log2f(sum[i]);
+      *lse[i] = item.slot < 0 ? value * kLn2 : value;
+    }
+  }
+}
+
+}  // namespace jax_flashmla

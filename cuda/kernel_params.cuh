@@ -1,0 +1,36 @@
+// The parameters as the decode kernels take them.
+#pragma once
+
+#include <cutlass/fast_math.h>
+
+#include "cuda/decode.h"
+
+namespace jax_flashmla {
+
+// With what would otherwise be divisions, of some hundred cycles each before the first load.
+struct KernelParams : DecodeParams {
+  cutlass::FastDivmod by_heads_per_kv;
+  cutlass::FastDivmod by_num_rows;
+  cutlass::FastDivmod by_partial_tiles;
+  cutlass::FastDivmod by_row_tiles;
+  cutlass::FastDivmod by_h_kv;
+  cutlass::FastDivmod by_num_parts;
+  cutlass::FastDivmod by_batch;
+
+  explicit KernelParams(const DecodeParams& p)
+      : DecodeParams(p),
+        by_heads_per_kv(p.heads_per_kv()),
+        by_num_rows(p.num_rows()),
+        by_partial_tiles(p.partial_tiles()),
+        by_row_tiles(p.row_tiles()),
+        by_h_kv(p.h_kv),
+        by_num_parts(p.num_parts),
+        by_batch(p.batch) {}
+
+  __device__ int heads_per_kv() const { return by_heads_per_kv.divisor; }
+  __device__ int num_rows() const { return by_num_rows.divisor; }
+  __device__ int row_tiles() const { return by_row_tiles.divisor; }
+  __device__ int partial_tiles() const { return by_partial_tiles.divisor; }
+};
+
+}  // namespace jax_flashmla

@@ -1,0 +1,59 @@
+// How the kernels of a decode are launched.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace jax_flashmla {
+
+// Older drivers cannot capture a dependent launch into a graph.
+inline bool driver_has_dependent_launches() {
+  static const bool has = [] {
+    int version = 0;
+    return cudaDriverGetVersion(&version) == cudaSuccess && version >= 12030;
+  }();
+  return has;
+}
+
+struct LaunchShape {
+  int64_t ctas;
+  int threads;
+  int shared_bytes = 0;
+  int cluster = 1;
+};
+
+// Launches a kernel that may begin before the one before it in the stream has ended: all of them
+// wait for that (cudaGridDependencySynchronize) before they touch memory that others write.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_dependent(void (*kernel)(Parameters...), const LaunchShape& shape,
+                             cudaStream_t stream, const Arguments&... arguments) {
+  if (shape.ctas > INT32_MAX) return cudaErrorInvalidConfiguration;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(shape.ctas));
+  config.blockDim = dim3(shape.threads);
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = driver_has_dependent_launches() ? 2 : 1;
+  return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+}
+
+// What all threads of such a kernel call before they touch memory that others write: from then on,
+// all before it in the stream is done. Until then, they can only get ready. The next kernel may
+// take its place on an SM as soon as that has no more work; not earlier, since what it reads before
+// its own wait would not be known to be there.
+__device__ __forceinline__ void wait_for_kernel_before() {
+  cudaGridDependencySynchronize();
+  cudaTriggerProgrammaticLaunchCompletion();
+}
+
+}  // namespace jax_flashmla
