@@ -57,8 +57,8 @@ wheel: build/wheel-venv-$(subst /,-,$(PYTHON))/ready
 bench: $(VENV)/ready
 	@$(RUN) -m benchmarks.xla_decode
 	-@$(RUN) -m benchmarks.planner
-	-@$(RUN) -m benchmarks.decode
-	-@$(RUN) -m benchmarks.layers
+	@$(RUN) -m benchmarks.decode
+	-@$(RUN) -m benchmarks.step
 
 # README.md's tables and the pictures, from the JSON.
 figures: $(VENV)/ready-for-figures

@@ -13,7 +13,9 @@ from typing import NamedTuple
 from benchmarks import report
 
 # What says which case a row is; the rest of a row was measured.
-IDENTITY = "what", "batch", "s_q", "heads", "tokens", "table_tokens"
+IDENTITY = "what", "batch", "s_q", "heads", "tokens", "seqlens", "table_tokens", "dtype"
+# Of rows that do not say: older ones of decode. In the name of a case it is left out.
+DEFAULTS = {"dtype": "bfloat16"}
 # Of the environment: what explains a difference.
 MACHINE = "device", "driver_version", "jax", "jaxlib"
 
@@ -37,10 +39,14 @@ def load(path):
     """A benchmark's environment, and its rows by identity. Leaves with a sentence if it is none."""
     try:
         record = json.loads(pathlib.Path(path).read_text())
-        rows = {tuple((key, row.get(key)) for key in IDENTITY): row for row in record["rows"]}
-        return record["environment"], rows
+        return record["environment"], {identity(row): row for row in record["rows"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         sys.exit(f"{path}: expected the JSON of a benchmark, got {type(error).__name__}: {error}")
+
+
+def identity(row):
+    """What tells a row's case from others."""
+    return tuple((key, row.get(key, DEFAULTS.get(key))) for key in IDENTITY)
 
 
 def times(row):
@@ -55,9 +61,11 @@ def _is_summary(value):
 def changes(before, after):
     """Every time that both runs have, what grew most first."""
     found = []
-    for identity in before.keys() & after.keys():
-        case = ", ".join(f"{key} {value}" for key, value in identity if value is not None)
-        old_times, new_times = times(before[identity]), times(after[identity])
+    for key in before.keys() & after.keys():
+        case = ", ".join(
+            f"{name} {value}" for name, value in key if value not in (None, DEFAULTS.get(name))
+        )
+        old_times, new_times = times(before[key]), times(after[key])
         for name in old_times.keys() & new_times.keys():
             old, new = old_times[name], new_times[name]
             moved = new["p10"] > old["p90"] or new["p90"] < old["p10"]

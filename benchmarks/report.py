@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import functools
 import json
 import os
 import pathlib
@@ -23,20 +24,32 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 PEERS = pathlib.Path(__file__).parent / "peers_h200.json"
 
 
+class Parser(argparse.ArgumentParser):
+    """A benchmark's command line; says what is wrong with it in one sentence, without the usage."""
+
+    def __init__(self, description: str):
+        """Every benchmark writes JSON."""
+        super().__init__(description=description)
+        self.add_argument("--out", help="directory of the JSON (default: benchmarks/results)")
+
+    def error(self, message):
+        """Leaves with status 2."""
+        self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}\n")
+
+
 def output_directory(name: str, description: str, operation: str) -> str | None:
     """Parses the command line of benchmark `name`: where its JSON goes.
 
     Leaves with a sentence where `operation` has no CUDA kernel to time.
     """
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--out", help="directory of the JSON (default: benchmarks/results)")
-    directory = parser.parse_args().out
+    directory = Parser(description).parse_args().out
     reason = native.why_no_kernel(operation)
     if reason is not None:
         sys.exit(f"{name} times the CUDA kernel, and there is none here: {reason}.")
     return directory
 
 
+@functools.cache
 def environment() -> dict:
     """The machine and the software, as far as a figure depends on them."""
     device = jax.devices()[0]
@@ -54,14 +67,21 @@ def environment() -> dict:
     if native.module is not None:
         found["cuda_built_with"] = ".".join(map(str, native.module.cuda_version()))
     if device.platform == "gpu":
-        fields = ("driver_version", "power.limit", "clocks.sm", "temperature.gpu", "power.draw")
-        values = _first_line(
-            "nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"
-        )
-        found |= dict(zip(fields, (v.strip() for v in values.split(",")), strict=False))
+        found |= _nvidia_smi("driver_version", "power.limit")
     else:
         found["cores"] = os.cpu_count()
     return found
+
+
+def gpu_state() -> dict:
+    """What a GPU's speed depends on at this moment; empty where there is none."""
+    return _nvidia_smi("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
+
+
+def _nvidia_smi(*fields: str) -> dict:
+    """Fields of the first GPU, with their units; empty where there is no nvidia-smi."""
+    values = _first_line("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
+    return dict(zip(fields, (v.strip() for v in values.split(",")), strict=True)) if values else {}
 
 
 def _commit() -> str:
@@ -100,16 +120,36 @@ def summary(samples) -> dict:
     }
 
 
-def write(name: str, what: str, rows: list[dict], directory: str | None, **extra) -> None:
-    """Writes `<directory>/<name>.json`, with `extra`; default directory: benchmarks/results."""
+def median(time) -> float:
+    """Of a summary; a number is what it is."""
+    return time["median"] if isinstance(time, dict) else time
+
+
+def write(name, what, rows, directory, start=None, done=True, **extra) -> dict:
+    """Writes `<directory>/<name>.json` and returns the record.
+
+    Args:
+      name: of the benchmark.
+      what: was measured, and what the keys of the rows mean.
+      rows: dicts.
+      directory: None for benchmarks/results.
+      start: the `gpu_state` when the benchmark began.
+      done: False for what there is so far, in case the run is cut short.
+      **extra: more keys of the record.
+    """
     path = pathlib.Path(directory or RESULTS) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"what": what, "environment": environment(), **extra, "rows": rows}
+    states = {"start": start, "end": gpu_state() if done else None}
+    record = {"what": what, "environment": environment()}
+    record |= {"gpu_state": {when: state for when, state in states.items() if state}}
+    record |= {**extra, "rows": rows}
     text = json.dumps(record, indent=1)
     # Lists of samples on one line, so that a diff shows rows.
     text = re.sub(r"\[[^\[\]{}]*\]", lambda numbers: " ".join(numbers[0].split()), text)
     path.write_text(text + "\n")
-    print(f"wrote {path} ({len(rows)} rows)", flush=True)
+    if done:
+        print(f"wrote {path} ({len(rows)} rows)", flush=True)
+    return record
 
 
 def print_table(title: str, columns: list[str], rows: list[list]) -> None:

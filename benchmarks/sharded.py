@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import report
-from benchmarks.decode import time_wall
-from benchmarks.xla_decode import make_operands
+from benchmarks.cases import make_case
+from benchmarks.operands import make_operands
+from benchmarks.timing import time_wall
 from jax_flashmla import context_parallel, flash_mla_with_kvcache
 
 LAYERS = 61  # DeepSeek-V3's: a step is long enough to launch the next one meanwhile
@@ -51,7 +52,7 @@ def time_programs(programs):
 
 def share_heads(mesh, batch, heads, tokens):
     """Each device has some of the heads, and the whole pool."""
-    q, *rest = make_operands(batch, heads, tokens, tokens)
+    q, *rest = make_operands(make_case(batch, 1, heads, tokens))
     replicated = jax.device_put(rest, jax.NamedSharding(mesh, P()))
     sharded = jax.device_put(q, jax.NamedSharding(mesh, P(None, None, "x")))
     part = q[:, :, : heads // mesh.size]
@@ -64,7 +65,7 @@ def share_heads(mesh, batch, heads, tokens):
 
 def share_sequences(mesh, batch, heads, tokens):
     """A pool for each device, with its part of the sequences."""
-    part = make_operands(batch // mesh.size, heads, tokens, tokens)
+    part = make_operands(make_case(batch // mesh.size, 1, heads, tokens))
     stacked = [jnp.broadcast_to(x, (mesh.size, *x.shape)) for x in part]
     sharded = jax.device_put(stacked, jax.NamedSharding(mesh, P("x")))
     return {
@@ -75,7 +76,7 @@ def share_sequences(mesh, batch, heads, tokens):
 
 def share_keys(mesh, heads):
     """One long sequence, its pages dealt out to the devices."""
-    q, pool, table, lengths = make_operands(1, heads, LONG, LONG)
+    q, pool, table, lengths = make_operands(make_case(1, 1, heads, LONG))
     pages = LONG // 64 // mesh.size
     pools = jnp.reshape(pool[table[0]], (pages, mesh.size, *pool.shape[1:])).swapaxes(0, 1)
     local_table = jnp.arange(pages, dtype=jnp.int32)[None]

@@ -80,59 +80,104 @@ def hot_products(record):
 def decode():
     """The decode kernel against its ceilings, the peers and plain XLA."""
     record = load("decode")
-    rows = [
+    text = markdown_table(*equal_rows(record["rows"]))
+    unequal = [row for row in record["rows"] if "seqlens" in row]
+    if unequal:
+        text += "\nSequences of unequal lengths:\n\n" + markdown_table(*unequal_rows(unequal))
+    for when, ceiling in record["ceilings"].items():
+        text += (
+            f"\nCeilings of the run, {when}: {ceiling['read_gb_per_s']:,.0f} GB/s read, "
+            f"{ceiling['matmul_tflops']:.0f} TFLOP/s in a large matrix product."
+        )
+    hot = hot_products(record)
+    text += f"\nThe product under load, between samples: {min(hot):.0f} to {max(hot):.0f}."
+    peers = json.loads(report.PEERS.read_text())["ceilings_same_run"]
+    read, matmul = (" to ".join(f"{x:,}" for x in values) for values in peers.values())
+    text += f"\nCeilings of the peers' run: {read} GB/s, {matmul} TFLOP/s.\n"
+    return text + source("decode")
+
+
+def equal_rows(rows):
+    """Columns and rows of the cases whose times by the peers are recorded."""
+    columns = [
+        *["sequences", "query tokens", "heads", "keys", "ours, µs", "GB/s", "TFLOP/s"],
+        *["loads alone, µs", "plain XLA, µs", "FlashMLA, µs", "FlashAttention-3, µs"],
+    ]
+    return columns, [
         [
             row["batch"],
             row["s_q"],
             row["heads"],
             f"{row['tokens']:,}",
-            f"{row['decode_us']['median']:.1f}",
-            f"{row['gb_per_s']:,.0f}",
-            f"{row['tflops']:.0f}",
-            f"{row['floor_us']['median']:.1f}" if "floor_us" in row else "",
-            f"{row['plain_xla_us']:,.0f}" if "plain_xla_us" in row else "",
+            *speeds(row),
+            f"{report.median(row['plain_xla_us']):,.0f}" if "plain_xla_us" in row else "",
             f"{row['flashmla_us']:.1f}",
             f"{row['fa3_us']:.1f}",
         ]
-        for row in record["rows"]
+        for row in rows
+        if "flashmla_us" in row
     ]
+
+
+def unequal_rows(rows):
+    """Columns and rows of the cases whose lengths were drawn."""
     columns = [
         *["sequences", "query tokens", "heads", "keys", "ours, µs", "GB/s", "TFLOP/s"],
-        *["loads alone, µs", "plain XLA, µs", "FlashMLA, µs", "FlashAttention-3, µs"],
+        *["loads alone, µs", "over equal lengths of as many keys"],
     ]
-    ceilings = "".join(
-        f"\nCeilings of the run, {when}: {ceiling['read_gb_per_s']:,.0f} GB/s read, "
-        f"{ceiling['matmul_tflops']:.0f} TFLOP/s in a large matrix product."
-        for when, ceiling in record["ceilings"].items()
-    )
-    hot = hot_products(record)
-    ceilings += f"\nThe product under load, between samples: {min(hot):.0f} to {max(hot):.0f}."
-    peers = json.loads(report.PEERS.read_text())["ceilings_same_run"]
-    read, matmul = (" to ".join(f"{x:,}" for x in values) for values in peers.values())
-    theirs = f"\nCeilings of the peers' run: {read} GB/s, {matmul} TFLOP/s.\n"
-    return markdown_table(columns, rows) + ceilings + theirs + source("decode")
+    return columns, [
+        [
+            row["batch"],
+            row["s_q"],
+            row["heads"],
+            row["seqlens"].replace("normal", "N").replace("uniform", "U"),
+            *speeds(row),
+            f"{row['over_equal']:.3f}" if "over_equal" in row else "",
+        ]
+        for row in rows
+    ]
 
 
-def layers():
+def speeds(row):
+    """Time, GB/s, TFLOP/s, and the time of the loads alone where it was taken."""
+    return [
+        f"{row['decode_us']['median']:.1f}",
+        f"{row['gb_per_s']:,.0f}",
+        f"{row['tflops']:.0f}",
+        f"{row['floor_us']['median']:.1f}" if "floor_us" in row else "",
+    ]
+
+
+def step():
     """What a jitted program of many layers adds to the kernel."""
-    rows = [
+    columns = {
+        "a layer more, µs": "slope_us",
+        "planning in each layer, µs": "replanned_us",
+        "kernels busy, µs": "busy_us",
+        "between them, µs": "gaps_us",
+    }
+    rows = load("step")["rows"]
+    columns = {name: key for name, key in columns.items() if any(key in row for row in rows)}
+    cells = [
         [
             row["batch"],
             row["heads"],
             f"{row['tokens']:,}",
             f"{row['layer_us']['median']:.1f}",
             f"{row['kernel_us']['median']:.1f}",
+            *(f"{report.median(row[key]):.1f}" if key in row else "" for key in columns.values()),
             ", ".join(
                 f"{count} x {name.split(' ')[0]}" for name, count in sorted(row["launches"].items())
             ),
         ]
-        for row in load("layers")["rows"]
+        for row in rows
     ]
-    columns = [
+    names = [
         *["sequences", "heads", "keys", "in the program, µs a layer", "kernels alone, µs"],
+        *columns,
         "launch calls of the program",
     ]
-    return markdown_table(columns, rows) + source("layers")
+    return markdown_table(names, cells) + source("step")
 
 
 def sharded(gpus):
@@ -157,7 +202,7 @@ def sharded(gpus):
 
 TABLES = {
     "decode": decode,
-    "layers": layers,
+    "step": step,
     "planner": planner,
     "sharded_4": lambda: sharded(4),
     "xla_decode_cpu": lambda: xla_decode("cpu"),

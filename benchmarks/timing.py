@@ -1,0 +1,87 @@
+"""How long something takes, in microseconds, and the chip's ceilings."""
+
+import functools
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+
+from jax_flashmla import native
+
+REPLAYS = 8
+MATMUL = 8192
+READ_BYTES = 8 * 2**30
+HOT_CALLS = 100  # of the product, between samples: 0.15 s
+
+
+def time_kernels(operands, metadata, what, launches):
+    """Microseconds per launch of "decode", "split", "combine" or "floor", a sample per replay.
+
+    In a CUDA graph of so many launches. `q` may have a leading axis: launches then take queries,
+    and outputs, in turn. The module's timer knows bfloat16 only; "floor", which copies bytes, may
+    have arrays of any other 16 bits.
+    """
+    q, k_cache, table, _ = operands
+    if what != "floor" and q.dtype != jnp.bfloat16:
+        raise TypeError(f"the timer of the kernels takes bfloat16, got {q.dtype}")
+    *copies, batch, s_q, heads, _ = q.shape
+    parts = metadata.tile_scheduler_metadata.shape[0]
+    slots = batch + parts
+    results = (
+        jnp.zeros((*copies, batch, s_q, heads, 512), jnp.bfloat16),
+        jnp.zeros((batch, heads, s_q)),
+        *(jnp.zeros(x.shape, x.dtype) for x in partial_types((slots, 1), s_q * heads)),
+    )
+    arrays = jax.block_until_ready((*operands, *metadata, *results))
+    return native.module.bench.time_decode(
+        [array.unsafe_buffer_pointer() for array in arrays],
+        batch=batch,
+        s_q=s_q,
+        h_q=heads,
+        h_kv=1,
+        num_blocks=k_cache.shape[0],
+        max_blocks=table.shape[1],
+        num_parts=parts,
+        slots=slots,
+        causal=True,
+        what=what,
+        launches=launches,
+        replays=REPLAYS,
+        copies=math.prod(copies),
+    )
+
+
+def time_wall(fun, *args, calls):
+    """Microseconds per call of a compiled function, `calls` in flight."""
+    jax.block_until_ready(fun(*args))
+    begin = time.perf_counter()
+    for _ in range(calls):
+        out = fun(*args)
+    jax.block_until_ready(out)
+    return (time.perf_counter() - begin) / calls * 1e6
+
+
+@functools.cache
+def large_product():
+    """A compiled product of large bfloat16 matrices, and its operand."""
+    x = jax.random.normal(jax.random.key(0), (MATMUL, MATMUL), jnp.bfloat16)
+    return jax.jit(jnp.matmul).lower(x, x).compile(), x
+
+
+def measure_matmul(calls=20):
+    """TFLOP/s of a large bfloat16 product on random data: the ceiling at this temperature."""
+    product, x = large_product()
+    return 2 * MATMUL**3 / time_wall(product, x, x, calls=calls) / 1e6
+
+
+def measure_read():
+    """GB/s of reading a large float32 array: the run's other ceiling."""
+    x = jax.random.normal(jax.random.key(0), (READ_BYTES // 4,), jnp.float32)
+    total = jax.jit(jnp.sum).lower(x).compile()
+    return READ_BYTES / time_wall(total, x, calls=20) / 1e3
+
+
+def measure_ceilings():
+    """Both ceilings."""
+    return {"matmul_tflops": round(measure_matmul(), 1), "read_gb_per_s": round(measure_read(), 1)}
