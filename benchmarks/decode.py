@@ -41,30 +41,27 @@ NO_GPU = (
 )
 
 
-def measure(group, names, suites, required):
-    """Returns a row for each case of a group, which are timed in turns.
+def measure(group, args):
+    """Returns a row for each case of a group; they are timed in turns.
 
-    Args:
-      group: cases.
-      names: implementations.
-      suites: by case, the suite that it is of.
-      required: names that must run; others' errors are noted in the row.
+    Errors of implementations that were not asked for are noted in the row.
     """
-    pool = _pool(max(case.pages for case in suites if case.dtype == group[0].dtype), group[0].dtype)
+    pages = max(case.pages for case in args.cases if case.dtype == group[0].dtype)
+    pool = _pool(pages, group[0].dtype)
     samplers, rows = {}, {}
     for case in group:
-        operands = make_operands(case, pool)
-        samplers[case], rows[case] = {}, {"suite": suites[case]} | case.identity()
-        for name in names:
+        operands, suite = make_operands(case, pool), args.cases[case]
+        samplers[case], rows[case] = {}, {"suite": suite} | case.identity()
+        # The many cases of a sweep have the kernels alone, unless others were asked for.
+        few = suite == "sweep" and not args.implementations
+        for name in args.names[:1] if few else args.names:
             try:
-                prepared = implementations.prepare(
-                    name, case, operands, parts=suites[case] != "sweep"
-                )
+                prepared = implementations.prepare(name, case, operands, parts=suite != "sweep")
                 if prepared is not None:
                     check(case, operands, *prepared[0])
                     samplers[case] |= prepared[1]
             except Exception as error:  # whatever another project may raise
-                if name in required:
+                if name in args.required:
                     raise
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 rows[case].setdefault("failed", {})[name] = reason
@@ -115,7 +112,7 @@ def run(args):
         task = progress.add_task("", total=len(args.cases))
         for group in cases.groups(args.cases):
             progress.update(task, description=" and ".join(map(str, group)))
-            rows += measure(group, args.names, args.cases, args.required)
+            rows += measure(group, args)
             add_ratios(rows, ceilings, recorded)
             # So that a run that is cut short leaves what it has.
             write(done=False, ceilings=ceilings)

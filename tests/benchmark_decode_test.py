@@ -1,0 +1,343 @@
+"""`benchmarks.decode` from flags to JSON: on a CPU, and with stand-ins for GPU and peers."""
+
+import contextlib
+import io
+import json
+import pathlib
+import sys
+import tempfile
+import types
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import absltest, parameterized
+
+pytest.importorskip("rich", reason="the benchmarks print with rich")
+from benchmarks import cases, compare, decode, flags, implementations, operands, peers
+from benchmarks.cases import make_case
+from jax_flashmla import flash_mla_with_kvcache, native
+
+SHAPES = "--batch", "2", "--seqlens", "128", "normal(128,60)"
+
+
+def run(*arguments):
+    """What the program printed, and its record."""
+    with tempfile.TemporaryDirectory() as folder:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            decode.main([*arguments, "--out", folder])
+        (path,) = pathlib.Path(folder).glob("*.json")
+        return printed.getvalue(), json.loads(path.read_text())
+
+
+class OnThisMachineTest(parameterized.TestCase):
+    def test_xla(self):
+        printed, record = run(*SHAPES, "--implementations", "xla", "plain", "--dtype", "float16")
+        self.assertLen(record["rows"], 2)
+        for row in record["rows"]:
+            self.assertEqual(row["dtype"], "float16")
+            self.assertEqual(row["suite"], "own")
+            self.assertEqual(row["tokens"], 128)
+            for key in ("xla_us", "plain_xla_us"):
+                self.assertGreater(row[key]["median"], 0)
+            ratio = row["xla_us"]["median"] / row["plain_xla_us"]["median"]
+            self.assertAlmostEqual(row["over_plain"], ratio, delta=0.001)
+        unequal = [row for row in record["rows"] if "seqlens" in row]
+        self.assertEqual([row["seqlens"] for row in unequal], ["normal(128,60)"])
+        self.assertGreater(unequal[0]["over_equal"], 0)
+        self.assertIn("wall time", record["timing"]["xla_us"]["float16"])
+        self.assertIn("float16", printed)
+        if jax.default_backend() == "cpu":
+            self.assertIn("say nothing about the speed of a GPU", printed)
+            self.assertIn("say nothing about the speed of a GPU", record["what"])
+
+    def test_pictures(self):
+        pytest.importorskip("matplotlib", reason="pictures are drawn with matplotlib")
+        folder = self.enterContext(tempfile.TemporaryDirectory())
+        run(*SHAPES, "--implementations", "xla", "plain", "--plots", folder)
+        names = {path.name for path in pathlib.Path(folder).iterdir()}
+        self.assertEqual(names, {"decode_ratios.svg", "decode_roofline.svg"})
+
+    def test_wrong_outputs_are_not_timed(self):
+        def wrong(case, operands):
+            (out, lse), samplers = implementations.prepare_xla(case, operands)
+            return (out.at[-1, 0, 3].add(0.1), lse), samplers
+
+        with (
+            mock.patch.object(implementations, "prepare_plain", wrong),
+            self.assertRaisesRegex(AssertionError, "sequence 1 has a relative error"),
+        ):
+            run(*SHAPES, "--implementations", "plain")
+
+
+class CheckTest(parameterized.TestCase):
+    """The check that every benchmark makes first."""
+
+    @parameterized.parameters((1, "uniform(60,200)"), (3, "uniform(60,200)"), (4, "2"))
+    def test_right_and_wrong(self, s_q, seqlens):
+        case = make_case(3, s_q, 16, seqlens)
+        arrays = operands.make_operands(case)
+        out, lse = flash_mla_with_kvcache(*arrays, causal=True, implementation="xla")
+        operands.check(case, arrays, out, lse)
+        with self.assertRaisesRegex(AssertionError, "relative error"):
+            operands.check(case, arrays, out.at[0, -1, 2, :60].multiply(1.5), lse)
+        with self.assertRaisesRegex(AssertionError, "relative error"):
+            operands.check(case, arrays, out.at[2].set(jnp.nan), lse)
+        with self.assertRaisesRegex(AssertionError, "lse"):
+            operands.check(case, arrays, out, lse + 0.01)
+
+    def test_pages_are_used_once(self):
+        case = make_case(5, 1, 16, "uniform(1,400)")
+        pool = operands.make_pool(case.pages + 7)
+        _, _, table, lengths = operands.make_operands(case, pool, table_tokens=640)
+        self.assertEqual(table.shape, (5, 10))
+        counts = -(-np.asarray(lengths) // 64)
+        used = [row[:count] for row, count in zip(np.asarray(table), counts, strict=True)]
+        self.assertEqual(sorted(np.concatenate(used)), list(range(case.pages)))
+
+
+def fake_timer(pointers, *, batch, s_q, h_q, max_blocks, what, launches, replays, copies, **rest):
+    """Microseconds in place of the native module's: loads, and 1 more for each of the others."""
+    assert len(pointers) == 10 and all(pointers) and launches >= 4 and copies == 1, rest
+    loads = batch * max_blocks / 100
+    return [{"floor": loads, "split": loads + 1, "combine": 1, "decode": loads + 2}[what]] * replays
+
+
+class FakeTensor:
+    """As much of a tensor of PyTorch as the adapters use."""
+
+    device = "cuda:0"
+
+    def __init__(self, array):
+        self.array, self.dtype = jnp.asarray(array), array.dtype
+
+    def __getitem__(self, index):
+        return FakeTensor(self.array[index])
+
+    def flatten(self, *dims):
+        assert dims == (0, 1)
+        return FakeTensor(self.array.reshape(-1, *self.array.shape[2:]))
+
+    def float(self):
+        return self
+
+    cpu = float
+
+    def numpy(self):
+        return np.asarray(self.array, np.float32)
+
+
+class FakeEvent:
+    clock = 0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = FakeEvent.clock
+
+    def elapsed_time(self, end):
+        return (end.at - self.at) / 1e3  # milliseconds
+
+
+class FakeGraph:
+    """7 µs for each call that was captured."""
+
+    def replay(self):
+        FakeEvent.clock += 7 * self.calls
+
+
+class FakeTorch(types.ModuleType):
+    uint8 = "uint8"
+
+    def __init__(self):
+        super().__init__("torch")
+        self.calls = 0
+        self.cuda = types.SimpleNamespace(
+            CUDAGraph=FakeGraph, Event=FakeEvent, graph=self.graph, synchronize=lambda: None
+        )
+
+    def from_dlpack(self, array):
+        return FakeTensor(array)
+
+    def empty(self, size, dtype, device):
+        assert size == 128 * 2**20 and dtype == "uint8" and device == "cuda:0"
+
+    @contextlib.contextmanager
+    def graph(self, graph):
+        before = self.calls
+        yield
+        graph.calls = self.calls - before
+
+
+def fake_peers():
+    """Modules of the peers' names that compute with JAX, through the calls that they document."""
+    torch = FakeTorch()
+    flash_mla, flashinfer = types.ModuleType("flash_mla"), types.ModuleType("flashinfer")
+
+    def flash_mla_call(q, pool, table, lengths, head_dim_v, plan, splits, *, softmax_scale, causal):
+        assert (plan, splits) == ("plan", None)
+        torch.calls += 1
+        outputs = flash_mla_with_kvcache(
+            *(x.array for x in (q, pool, table, lengths)),
+            head_dim_v,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            implementation="xla",
+        )
+        return tuple(map(FakeTensor, outputs))
+
+    flash_mla.get_mla_metadata = lambda lengths, rows, h_kv: ("plan", None)
+    flash_mla.flash_mla_with_kvcache = flash_mla_call
+
+    class Wrapper:
+        def __init__(self, workspace):
+            pass
+
+        def plan(
+            self, q_ends, ends, indices, lengths, heads, ckv, kpe, page, causal, scale, *dtypes
+        ):
+            assert (ckv, kpe, page, causal) == (512, 64, 64, True), dtypes
+            ends, indices = np.asarray(ends.array), np.asarray(indices.array)
+            self.s_q, self.lengths, self.scale = int(q_ends.array[1]), lengths.array, scale
+            self.table = np.zeros((len(ends) - 1, np.diff(ends).max()), np.int32)
+            for row, begin, end in zip(self.table, ends, ends[1:], strict=False):
+                row[: end - begin] = indices[begin:end]
+
+        def run(self, q_nope, q_rope, ckv, kpe):
+            torch.calls += 1
+            q = jnp.concatenate([q_nope.array, q_rope.array], axis=-1)
+            q = q.reshape(-1, self.s_q, *q.shape[1:])
+            pool = jnp.concatenate([ckv.array, kpe.array], axis=-1)[:, :, None]
+            out, _ = flash_mla_with_kvcache(
+                *(q, pool, self.table, self.lengths),
+                softmax_scale=self.scale,
+                causal=True,
+                implementation="xla",
+            )
+            return FakeTensor(out.reshape(-1, *out.shape[2:]))
+
+    flashinfer.mla = types.SimpleNamespace(BatchMLAPagedAttentionWrapper=Wrapper)
+    return {"torch": torch, "flash_mla": flash_mla, "flashinfer": flashinfer}
+
+
+class WithStandInsTest(parameterized.TestCase):
+    """The way that a Hopper GPU takes, with times that are made up."""
+
+    def setUp(self):
+        super().setUp()
+        module = types.SimpleNamespace(bench=types.SimpleNamespace(time_decode=fake_timer))
+        for patch in (
+            mock.patch.object(native, "why_no_kernel", lambda operation: None),
+            mock.patch.object(native, "module", module),
+            mock.patch.object(flags, "memory_bytes", lambda: 8e9),
+            mock.patch.object(decode, "measure_matmul", lambda calls: 700.0),
+            mock.patch.object(
+                decode,
+                "measure_ceilings",
+                lambda: {"matmul_tflops": 800.0, "read_gb_per_s": 4000.0},
+            ),
+        ):
+            self.enterContext(patch)
+
+    def rows(self, *arguments):
+        printed, record = run(*arguments)
+        return printed, record, {row.get("seqlens", row["tokens"]): row for row in record["rows"]}
+
+    def test_kernels_beside_peers(self):
+        with mock.patch.dict(sys.modules, fake_peers()):
+            _, record, rows = self.rows(*SHAPES, "--s_q", "2")
+        row = rows[128]
+        self.assertEqual(row["floor_us"]["median"], 0.04)
+        self.assertEqual(row["decode_us"]["median"], 2.04)
+        self.assertLen(row["decode_us"]["samples"], 24)
+        self.assertEqual(row["over_floor"], 51)
+        self.assertNotIn("plain_xla_us", row)  # which knows no causal mask
+        for name in ("flash_mla", "flashinfer"):
+            self.assertAlmostEqual(row[f"{name}_here_us"]["median"], 7, delta=0.01)
+            self.assertEqual(row[f"over_{name}"], round(2.04 / 7, 3))
+            self.assertIn(name, record["peers"])
+            self.assertIn("CUDA graph", record["timing"][f"{name}_here_us"]["bfloat16"])
+        for row in rows.values():
+            self.assertNotIn("failed", row)
+        self.assertEqual(set(record["ceilings"]), {"before", "after"})
+
+    def test_a_peer_that_fails_is_noted(self):
+        modules = fake_peers()
+        modules["flash_mla"].get_mla_metadata = mock.Mock(side_effect=OSError("no such\nkernel"))
+        modules["flashinfer"].mla.BatchMLAPagedAttentionWrapper.run = lambda self, *parts: (
+            FakeTensor(jnp.zeros((2, 16, 512)))
+        )
+        with mock.patch.dict(sys.modules, modules):
+            printed, _, rows = self.rows(*SHAPES)
+            failed = rows[128]["failed"]
+            self.assertEqual(failed["flash_mla"], "OSError: no such")
+            self.assertIn("relative error", failed["flashinfer"])
+            self.assertIn("flash_mla failed at 2 x 128: OSError: no such", printed)
+            self.assertIn("decode_us", rows[128])
+            with self.assertRaisesRegex(OSError, "no such"):  # asked for by name
+                run(*SHAPES, "--implementations", "flash_mla")
+
+    def test_missing_peers(self):
+        with mock.patch.dict(sys.modules, {"torch": None}):
+            printed, _, rows = self.rows(*SHAPES)
+            self.assertRegex(printed, r"not compared with flash_mla \(\w+Error: .*torch")
+            self.assertNotIn("failed", rows[128])
+            self.assertIn("torch", peers.why_missing("flashinfer"))
+
+    @parameterized.parameters((16, "floor_us"), (128, None))
+    def test_bounds(self, heads, floor):
+        _, _, rows = self.rows("--batch", "32", "--heads", str(heads), "--seqlens", "64")
+        row, case = rows[64], make_case(32, 1, heads, "64")
+        loads = row[floor]["median"] if floor else case.read_bytes / 4e6
+        products = case.flops / (700e6 if heads == 128 else 800e6)
+        self.assertEqual("hot_matmul_tflops" in row, heads == 128)
+        self.assertAlmostEqual(row["bound_us"], max(loads, products), delta=0.01)
+        share = row["bound_us"] / row["decode_us"]["median"]
+        self.assertAlmostEqual(row["share_of_bound"], share, delta=0.001)
+
+    def test_float16_runs_as_a_program(self):
+        with mock.patch.object(implementations, "PROGRAM_CALLS", 3):
+            _, record, rows = self.rows(*SHAPES, "--dtype", "float16")
+        self.assertIn("jitted program", record["timing"]["decode_us"]["float16"])
+        self.assertNotIn("split_us", rows[128])
+        self.assertEqual(rows[128]["floor_us"]["median"], 0.04)
+        self.assertGreater(rows[128]["decode_us"]["median"], 0)
+
+    def test_sweeps_time_the_kernels_only(self):
+        with mock.patch.object(cases, "SWEEP", ((1, 1, 16, "64"),)):
+            _, record, _ = self.rows("--suite", "sweep")
+        (row,) = record["rows"]
+        self.assertEqual((row["suite"], row["tokens"]), ("sweep", 64))
+        for key in ("split_us", "combine_us", "plain_xla_us"):
+            self.assertNotIn(key, row)
+
+    def test_recorded_peers_are_of_the_same_chip(self):
+        peer = cases.peers()["rows"][0] | {"b": 2, "s_q": 1, "h_q": 16, "s_k": 128}
+        peer |= {"decode_us": 4.0, "best_peer_decode_us": 3.0}
+        kind = jax.devices()[0].device_kind
+        for gpu, there in ((f"{kind}, driver 1", True), ("another", False)):
+            recorded = cases.peers() | {"gpu": gpu, "rows": [peer]}
+            with mock.patch.object(cases, "peers", lambda recorded=recorded: recorded):
+                _, _, rows = self.rows(*SHAPES)
+            self.assertEqual("flashmla_us" in rows[128], there)
+            self.assertNotIn("flashmla_us", rows["normal(128,60)"])
+            if there:
+                self.assertEqual(rows[128]["over_flashmla"], round(2.04 / 4, 3))
+                self.assertEqual(rows[128]["over_best_peer_normalised"], round(2.04 / 3, 3))
+
+    def test_compare_tells_lengths_and_dtypes_apart(self):
+        _, record, _ = self.rows(*SHAPES)
+        keys = {compare.identity(row) for row in record["rows"]}
+        self.assertLen(keys, 2)
+        other = [row | {"dtype": "float16"} for row in record["rows"]]
+        self.assertTrue(keys.isdisjoint(compare.identity(row) for row in other))
+        older = [{k: v for k, v in row.items() if k != "dtype"} for row in record["rows"]]
+        self.assertEqual(keys, {compare.identity(row) for row in older})
+
+
+if __name__ == "__main__":
+    absltest.main()
