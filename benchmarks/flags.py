@@ -9,13 +9,14 @@ import jax
 from benchmarks import cases, implementations, peers, report
 from benchmarks.implementations import KEYS
 
+MOST = 2**20  # sequences, query tokens, heads
 # What describes own cases, and what is taken where it is left out. Batch: as a file has lengths.
 OWN = {"batch": None, "s_q": 1, "heads": 16, "seqlens": "4096"}
 
 
 def parse(arguments):
     """The command line: what to run. Leaves with a sentence if it makes no sense."""
-    parser = report.Parser(__doc__)
+    parser = report.Parser("Time of decode, against its bounds and other implementations.")
     kernel = implementations.why_not("cuda") is None
     parser.add_argument(
         "--suite",
@@ -31,7 +32,13 @@ def parse(arguments):
         nargs="+",
         help="tokens: 4096, normal(8192,4096), uniform(300,1000), or a file (default: 4096)",
     )
-    parser.add_argument("--dtype", nargs="+", type=_one_of(*cases.DTYPES), default=["bfloat16"])
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        type=_one_of(*cases.DTYPES),
+        default=["bfloat16"],
+        help=", ".join(cases.DTYPES),
+    )
     parser.add_argument("--implementations", nargs="+", type=_one_of(*KEYS), help=", ".join(KEYS))
     parser.add_argument("--plots", help="a directory for pictures of this run")
     args = parser.parse_args(arguments)
@@ -82,9 +89,9 @@ def _one_of(*names):
 
 
 def _positive(text):
-    if text.isdecimal() and int(text) > 0:
+    if text.isdecimal() and 1 <= int(text) <= MOST:
         return int(text)
-    raise argparse.ArgumentTypeError(f"expected a number of 1 or more, got {text!r}")
+    raise argparse.ArgumentTypeError(f"expected a number from 1 to {MOST:,}, got {text!r}")
 
 
 def memory_bytes():

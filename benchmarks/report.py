@@ -156,8 +156,8 @@ def print_table(title: str, columns: list[str], rows: list[list]) -> None:
     """Prints right-aligned columns."""
     table = Table(title=title, title_justify="left")
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     # Wide enough for a log file, where there is no terminal to ask.
-    Console(width=None if os.isatty(1) else 140).print(table)
+    Console(width=None if os.isatty(1) else 180).print(table)

@@ -111,9 +111,9 @@ class FlagsTest(parameterized.TestCase):
 
     @parameterized.parameters(
         ("--seqlens", "foo", "--seqlens: expected a length of 1 or more, normal.* got 'foo'"),
-        ("--heads", "-1", "--heads: expected a number of 1 or more, got '-1'"),
-        ("--heads", "0", "--heads: expected a number of 1 or more, got '0'"),
-        ("--batch", "many", "--batch: expected a number of 1 or more, got 'many'"),
+        ("--heads", "-1", "--heads: expected a number from 1 to 1,048,576, got '-1'"),
+        ("--heads", "0", "--heads: expected a number from 1 to 1,048,576, got '0'"),
+        ("--batch", "many", "--batch: expected a number from 1 to 1,048,576, got 'many'"),
         ("--dtype", "float32", "--dtype: expected bfloat16 or float16, got 'float32'"),
         ("--suite", "big", "--suite: expected small, .* or tiny, got 'big'"),
         ("--implementations", "torch", "--implementations: expected cuda, .*, got 'torch'"),
@@ -137,11 +137,11 @@ class FlagsTest(parameterized.TestCase):
         self.assertEqual(message, f"--implementations: {name} cannot run: there is none")
 
     def test_own_cases(self):
-        shapes = "--batch 2 3 --heads 16 128 --seqlens 64 uniform(1,9)"
+        shapes = "--implementations xla --batch 2 3 --heads 16 128 --seqlens 64 uniform(1,9)"
         args = flags.parse(shapes.split())
         self.assertLen(args.cases, 8)
         self.assertEqual({case.s_q for case in args.cases}, {1})
-        self.assertEqual(flags.record_name(args), f"decode_own_{args.names[0]}")
+        self.assertEqual(flags.record_name(args), "decode_own_xla")
 
     @mock.patch.object(implementations, "why_not", lambda name: None)
     @mock.patch.object(flags, "memory_bytes", lambda: 140e9)

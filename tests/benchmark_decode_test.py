@@ -33,7 +33,17 @@ def run(*arguments):
         return printed.getvalue(), json.loads(path.read_text())
 
 
+def without_ceilings():
+    """Spares a GPU the gigabytes and products that its ceilings take."""
+    ceilings = {"matmul_tflops": 800.0, "read_gb_per_s": 4000.0}
+    return mock.patch.object(decode, "measure_ceilings", lambda: ceilings)
+
+
 class OnThisMachineTest(parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.enterContext(without_ceilings())
+
     def test_xla(self):
         printed, record = run(*SHAPES, "--implementations", "xla", "plain", "--dtype", "float16")
         self.assertLen(record["rows"], 2)
@@ -229,17 +239,14 @@ class WithStandInsTest(parameterized.TestCase):
 
     def setUp(self):
         super().setUp()
-        module = types.SimpleNamespace(bench=types.SimpleNamespace(time_decode=fake_timer))
+        bench = types.SimpleNamespace(time_decode=fake_timer)
+        module = types.SimpleNamespace(bench=bench, cuda_version=lambda: (13, 0))
         for patch in (
             mock.patch.object(native, "why_no_kernel", lambda operation: None),
             mock.patch.object(native, "module", module),
             mock.patch.object(flags, "memory_bytes", lambda: 8e9),
             mock.patch.object(decode, "measure_matmul", lambda calls: 700.0),
-            mock.patch.object(
-                decode,
-                "measure_ceilings",
-                lambda: {"matmul_tflops": 800.0, "read_gb_per_s": 4000.0},
-            ),
+            without_ceilings(),
         ):
             self.enterContext(patch)
 

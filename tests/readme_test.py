@@ -34,6 +34,11 @@ class ReadmeTest(parameterized.TestCase):
         self.assertEqual(names["out"].shape, (2, 1, 16, 512))
         self.assertEqual(names["lse"].shape, (2, 16, 1))
 
+    def test_the_first_example_is_short(self):
+        block = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[1]
+        self.assertLessEqual(len(block.splitlines()), 15)
+        self.assertIn("@jax.jit", block)
+
     @parameterized.parameters(*PAGES)
     def test_pages(self, page):
         path = ROOT / "docs" / f"{page}.md"
