@@ -55,7 +55,9 @@ def measure(batch, heads, tokens):
     row |= {name: report.summary(values) for name, values in samples.items()}
     row["kernel_us"] = report.summary(alone)
     row |= costs(row)
-    row |= device_times(profile(programs["layer_us"][1]))
+    for name, prefix in (("layer_us", ""), ("replanned_us", "replanned_")):
+        times = device_times(profile(programs[name][1]))
+        row |= {f"{prefix}{key}": value for key, value in times.items()}
     return row
 
 
@@ -86,7 +88,7 @@ def device_times(planes):
         times["busy_us"] = round(busy / LAYERS, 2)
         times["gaps_us"] = round(sum(gaps) / LAYERS, 2)
         if gaps:
-            times["gap"] = report.summary(gaps)
+            times["gap_us"] = report.summary(gaps)
     return times
 
 
@@ -101,9 +103,10 @@ def main():
         "graph, also each with queries and outputs of its own; added_us: their difference. "
         f"few_layers_us: a program of {FEW_LAYERS} layers, per layer; slope_us: what a layer more "
         "costs, fixed_us what a program of none would cost. replanned_us: a plan in every layer; "
-        "plan_in_each_us: what that adds. A profile of one run of the first program: launches, the "
-        "driver's launch calls; kernels, how many; busy_us, time per layer in which kernels ran; "
-        "gaps_us, time per layer between them; gap, each gap."
+        "plan_in_each_us: what that adds. A profile of one run of the first program (replanned_*: "
+        "of that with a plan in every layer): launches, the driver's launch calls; kernels, how many; "
+        "busy_us, time per layer in which kernels ran; gaps_us, time per layer between them; "
+        "gap_us, each gap. Without the last three the profile has no kernels of its own."
     )
     report.write("step", what, rows, directory, start)
     columns = {

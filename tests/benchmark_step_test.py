@@ -1,6 +1,7 @@
 """What `benchmarks.step` makes of a profile and of its times."""
 
 from types import SimpleNamespace
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from absl.testing import absltest, parameterized
 
 pytest.importorskip("rich", reason="the benchmarks print with rich")
 from benchmarks import step, timeline
+from jax_flashmla import native
 
 
 def event(name, begin, end):
@@ -67,6 +69,26 @@ class TimelineTest(parameterized.TestCase):
 
 
 class StepTest(absltest.TestCase):
+    def test_a_row_with_made_up_times_of_the_kernels(self):
+        def time_kernels(operands, metadata, what, launches):
+            self.assertEqual((what, launches), ("decode", 3))
+            self.assertEqual(operands[0].shape, (3, 2, 1, 16, 576))
+            return [5.0] * 4
+
+        with (
+            mock.patch.object(native, "why_no_kernel", lambda operation: None),
+            mock.patch.multiple(step, LAYERS=3, FEW_LAYERS=2, ROUNDS=2, CALLS=2),
+            mock.patch.object(step, "time_kernels", time_kernels),
+        ):
+            row = step.measure(2, 16, 128)
+        for key in ("layer_us", "few_layers_us", "replanned_us"):
+            self.assertLen(row[key]["samples"], 2)
+        self.assertEqual(row["kernel_us"]["median"], 5)
+        self.assertEqual(row["added_us"], round(row["layer_us"]["median"] - 5, 2))
+        self.assertContainsSubset(
+            {"slope_us", "fixed_us", "launches", "kernels", "replanned_launches"}, row
+        )
+
     def test_costs(self):
         def program(layers):  # 30 to launch, 12 a layer
             return {"median": (30 + 12 * layers) / layers}
@@ -87,7 +109,7 @@ class StepTest(absltest.TestCase):
         gpu = plane("/device:GPU:0", **{"Stream #7": kernels})
         times = step.device_times([HOST, gpu])
         self.assertEqual((times["kernels"], times["busy_us"]), (step.LAYERS, 2))
-        self.assertEqual(times["gap"]["median"], 1)
+        self.assertEqual(times["gap_us"]["median"], 1)
         self.assertAlmostEqual(times["gaps_us"], 1, delta=0.03)
 
     def test_a_graph_as_a_whole_says_nothing_of_gaps(self):

@@ -85,6 +85,28 @@ class FiguresTest(parameterized.TestCase):
     def test_everything(self):
         self.assertEqual(self.draw(decode_records.make_record()), set(self.figures.FIGURES))
 
+    def test_bars_are_as_long_as_the_ratios(self):
+        from matplotlib.figure import Figure
+
+        record, figure = decode_records.make_record("compute"), Figure()
+        self.figures.draw_ratios(record, figure)
+        (axes,) = figure.axes
+        widths = [[bar.get_width() for bar in bars] for bars in axes.containers]
+        times = [(row["decode_us"]["median"], row) for row in record["rows"]]
+        for key, found in zip(("flashmla_us", "fa3_us"), widths, strict=True):
+            self.assertEqual(found, [row[key] / ours for ours, row in times])
+
+    def test_lines_go_through_the_times(self):
+        from matplotlib.figure import Figure
+
+        record, figure = decode_records.make_record("sweep"), Figure()
+        self.figures.draw_sweep(record, figure)
+        lines = figure.axes[0].lines
+        rows = [row for row in record["rows"] if row["batch"] == 1 and row["heads"] == 16]
+        for line, key in zip(lines, ("decode_us", "floor_us"), strict=False):
+            self.assertEqual(list(line.get_xdata()), [row["tokens"] for row in rows])
+            self.assertEqual(list(line.get_ydata()), [row[key]["median"] for row in rows])
+
     def test_the_project_s_own_results(self):
         record = json.loads((report.RESULTS / "decode.json").read_text())
         self.assertEqual(self.draw(record), set(self.figures.FIGURES))
