@@ -81,7 +81,7 @@ def gpu_state() -> dict:
 def _nvidia_smi(*fields: str) -> dict:
     """Fields of the first GPU, with their units; empty where there is no nvidia-smi."""
     values = _first_line("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
-    return dict(zip(fields, (v.strip() for v in values.split(",")), strict=True)) if values else {}
+    return dict(zip(fields, (v.strip() for v in values.split(",")), strict=False)) if values else {}
 
 
 def _commit() -> str:

@@ -103,10 +103,10 @@ def main():
         "graph, also each with queries and outputs of its own; added_us: their difference. "
         f"few_layers_us: a program of {FEW_LAYERS} layers, per layer; slope_us: what a layer more "
         "costs, fixed_us what a program of none would cost. replanned_us: a plan in every layer; "
-        "plan_in_each_us: what that adds. A profile of one run of the first program (replanned_*: "
-        "of that with a plan in every layer): launches, the driver's launch calls; kernels, how many; "
-        "busy_us, time per layer in which kernels ran; gaps_us, time per layer between them; "
-        "gap_us, each gap. Without the last three the profile has no kernels of its own."
+        "plan_in_each_us: what that adds. From a profile of one run (replanned_*: with a plan in "
+        "every layer): launches, the driver's launch calls; kernels, how many; busy_us, time per "
+        "layer in which kernels ran; gaps_us, time per layer between them; gap_us, each gap. "
+        "Without the last three the profile shows a graph as a whole."
     )
     report.write("step", what, rows, directory, start)
     columns = {

@@ -16,7 +16,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 pytest.importorskip("rich", reason="the benchmarks print with rich")
-from benchmarks import cases, compare, decode, flags, implementations, operands, peers
+from benchmarks import cases, compare, decode, flags, implementations, operands, peers, report
 from benchmarks.cases import make_case
 from jax_flashmla import flash_mla_with_kvcache, native
 
@@ -313,6 +313,19 @@ class WithStandInsTest(parameterized.TestCase):
         self.assertNotIn("split_us", rows[128])
         self.assertEqual(rows[128]["floor_us"]["median"], 0.04)
         self.assertGreater(rows[128]["decode_us"]["median"], 0)
+
+    def test_the_gpu_s_state_at_start_and_end(self):
+        lines = iter(["1935 MHz, 2619 MHz, 44, 198.08 W", "1200 MHz, 2619 MHz, 71, 690.00 W"])
+        fields = "--query-gpu=clocks.sm,clocks.mem,temperature.gpu,power.draw"
+
+        def answer(*command):
+            return next(lines) if fields in command else ""
+
+        with mock.patch.object(report, "_first_line", answer):
+            _, record, _ = self.rows(*SHAPES)
+        states = record["gpu_state"]
+        self.assertEqual(states["start"]["temperature.gpu"], "44")
+        self.assertEqual(states["end"]["power.draw"], "690.00 W")
 
     def test_sweeps_time_the_kernels_only(self):
         with mock.patch.object(cases, "SWEEP", ((1, 1, 16, "64"),)):
