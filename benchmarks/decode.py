@@ -94,10 +94,7 @@ def run(args):
     recorded = cases.peers()
     if not recorded["gpu"].startswith(jax.devices()[0].device_kind):
         recorded = None
-    timing = {
-        KEYS[name]: {dtype: implementations.timing(name, dtype) for dtype in args.dtype}
-        for name in args.names
-    }
+    timing = {KEYS[name]: implementations.timing(name) for name in args.names}
     what = WHAT if jax.default_backend() == "gpu" else f"{NO_GPU} {WHAT}"
     versions = {name: peers.version(name) for name in args.names if name in peers.PREPARE}
     write = functools.partial(

@@ -24,7 +24,6 @@ KEYS = {
     "flashinfer": "flashinfer_here_us",
 }
 GRAPH_MICROSECONDS = 10_000  # about as long as one graph should run
-PROGRAM_CALLS = 50  # decodes of one jitted program
 WALL_CALLS = 10  # in flight
 WALL_SAMPLES = 3  # a round
 # The plain version gathers what the table holds; above this it is not worth the memory.
@@ -76,16 +75,8 @@ def prepare_cuda(case, operands, parts=True):
     metadata = get_mla_metadata(operands[3], rows, 1)
     outputs = flash_mla_with_kvcache(*operands, 512, *metadata, causal=True, implementation="cuda")
     kernels = functools.partial(time_kernels, operands, metadata, launches=launches_for(case))
-    samplers = {}
-    if case.dtype == "bfloat16":
-        kinds = ("split", "combine", "decode") if parts else ("decode",)
-        samplers = {f"{kind}_us": functools.partial(kernels, kind) for kind in kinds}
-    else:
-        queries = [jnp.copy(operands[0]) for _ in range(PROGRAM_CALLS)]
-        program = jax.jit(decode_layers).lower(queries, *operands[1:]).compile()
-        samplers["decode_us"] = lambda: [
-            sample / PROGRAM_CALLS for sample in wall(program, queries, *operands[1:])
-        ]
+    kinds = ("split", "combine", "decode") if parts else ("decode",)
+    samplers = {f"{kind}_us": functools.partial(kernels, kind) for kind in kinds}
     if rows <= planner.ROWS_PER_TILE:
         samplers["floor_us"] = functools.partial(kernels, "floor")
     return outputs, samplers
@@ -145,10 +136,8 @@ def why_not(name):
     return None
 
 
-def timing(name, dtype):
+def timing(name):
     """How an implementation's time is taken, in words."""
-    if name == "cuda" and dtype != "bfloat16":
-        return f"wall time of a jitted program of {PROGRAM_CALLS} decodes with one plan, per decode"
     if name in ("xla", "plain"):
         return f"wall time of a jitted call, {WALL_CALLS} in flight"
     return "many launches in one CUDA graph, per launch"

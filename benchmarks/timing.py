@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_flashmla import native
+from jax_flashmla.decode import partial_types
 
 REPLAYS = 8
 MATMUL = 8192
@@ -19,17 +20,14 @@ def time_kernels(operands, metadata, what, launches):
     """Microseconds per launch of "decode", "split", "combine" or "floor", a sample per replay.
 
     In a CUDA graph of so many launches. `q` may have a leading axis: launches then take queries,
-    and outputs, in turn. The module's timer knows bfloat16 only; "floor", which copies bytes, may
-    have arrays of any other 16 bits.
+    and outputs, in turn.
     """
     q, k_cache, table, _ = operands
-    if what != "floor" and q.dtype != jnp.bfloat16:
-        raise TypeError(f"the timer of the kernels takes bfloat16, got {q.dtype}")
     *copies, batch, s_q, heads, _ = q.shape
     parts = metadata.tile_scheduler_metadata.shape[0]
     slots = batch + parts
     results = (
-        jnp.zeros((*copies, batch, s_q, heads, 512), jnp.bfloat16),
+        jnp.zeros((*copies, batch, s_q, heads, 512), q.dtype),
         jnp.zeros((batch, heads, s_q)),
         *(jnp.zeros(x.shape, x.dtype) for x in partial_types((slots, 1), s_q * heads)),
     )
@@ -45,6 +43,7 @@ def time_kernels(operands, metadata, what, launches):
         num_parts=parts,
         slots=slots,
         causal=True,
+        dtype=q.dtype.name,
         what=what,
         launches=launches,
         replays=REPLAYS,
