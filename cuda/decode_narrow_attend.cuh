@@ -187,15 +187,21 @@ __device__ __forceinline__ void attend(const KernelParams& p, NarrowMemory<Eleme
       const bool rescale = factor[0] != 1 || factor[1] != 1;
       if (block > item.first && __any_sync(0xffffffffu, rescale)) scale_rows(out, factor);
       sync_math();
-      if (block + 1 == item.last) {
+      const bool last = block + 1 == item.last;
+      if (last) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const float* parts = smem.sums[quad.row + 8 * i] + lane % 4 * 8;
-          sum[i] = reduce_quad(reduce_eight(parts, add), add);
-          inverse[i] = sum[i] == 0 ? 0 : __fdividef(1.0f, sum[i]);
+          sum[i] = reduce_eight(smem.sums[quad.row + 8 * i] + lane % 4 * 8, add);
         }
       }
       multiply_values(values, smem.weights, lane, out);
+      if (last) {  // and while these are under way
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          sum[i] = reduce_quad(sum[i], add);
+          inverse[i] = sum[i] == 0 ? 0 : __fdividef(1.0f, sum[i]);
+        }
+      }
       release_after_reads(smem.chunk_empty[mine.slot]);
       chunk.advance(kChunks);
     }

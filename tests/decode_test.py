@@ -152,12 +152,16 @@ class DecodeTest(parameterized.TestCase):
         self.assertEqual(out.shape, (*groups, 0, 1, 16, 512))
         self.assertEqual(lse.shape, (*groups, 0, 16, 1))
 
-    def test_results_do_not_depend_on_the_plan(self):
-        problem = problems.make_problem(self.rng, [5, 0, 2000, 300, 64], s_q=2)
+    @parameterized.parameters((1, 12000), (2, 2000))
+    def test_results_do_not_depend_on_the_plan(self, s_q, longest):
+        # From one partition for all sequences to one for each block.
+        problem = problems.make_problem(self.rng, [5, 0, longest, 300, 64], s_q=s_q)
         want = oracle.decode(*problem.arrays)
         plain = oracle.decode(*problem.arrays, rounded_to=problem.q.dtype)
         for num_sms in (1, 2, 7, 132, 500):
-            metadata = jax_flashmla.get_mla_metadata(problem.cache_seqlens, 32, 1, num_sms=num_sms)
+            metadata = jax_flashmla.get_mla_metadata(
+                problem.cache_seqlens, 16 * s_q, 1, num_sms=num_sms
+            )
             got = decode(*problem.arrays, metadata)
             support.assert_decodes_well(self, got, want, plain, problem.q.dtype)
 
