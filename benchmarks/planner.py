@@ -15,7 +15,7 @@ from benchmarks import report
 from jax_flashmla import get_mla_metadata, native, planner
 
 BATCHES = (1, 8, 32, 64, 128, 256, 1024, 4096)
-CALLS = 64  # per jitted program
+CALLS = 16  # per jitted program: more take minutes to compile
 LAUNCHES = 200  # per CUDA graph
 REPLAYS = 40
 ROUNDS = 3

@@ -1,0 +1,48 @@
+"""What `benchmarks.bars` makes of a run."""
+
+from absl.testing import absltest
+
+from benchmarks import bars
+
+
+def row(suite, batch, heads, tokens=4096, microseconds=10.0, **more):
+    summary = {"median": microseconds}
+    case = {"suite": suite, "batch": batch, "heads": heads, "tokens": tokens}
+    return case | {"decode_us": summary, "over_best_peer_normalised": 0.5} | more
+
+
+ROWS = [
+    row("small", 1, 16, microseconds=9.0),
+    row("small", 8, 16, microseconds=14.6, over_best_peer_normalised=0.8),
+    row("small", 4, 16) | {"over_best_peer_normalised": 0.5},
+    row("memory", 32, 16, over_floor=1.2),
+    row("memory", 64, 16, over_floor=1.05, over_best_peer_normalised=1.01),
+    row("compute", 128, 128),
+    row("varlen", 64, 16, over_equal=1.02),
+    row("varlen", 128, 16, over_equal=1.05),
+    row("varlen", 64, 128, over_equal=1.03),
+]
+del ROWS[2]["over_best_peer_normalised"]  # lengths that peers were not measured with
+
+
+class BarsTest(absltest.TestCase):
+    def test_figures(self):
+        found = {(kind, what): rest for kind, what, *rest in bars.figures(ROWS)}
+        expected = {
+            ("small", "best peer / ours, mean"): [">= 1.5", 1.581, True],  # of 2 and 1.25
+            ("small", "best peer / ours, least"): [">= 1.25", 1.25, True],
+            ("small", "1 x 16 heads x 4,096, µs"): ["<= 9", 9.0, True],
+            ("small", "8 x 16 heads x 4,096, µs"): ["<= 14.5", 14.6, False],
+            ("memory", "best peer / ours, mean"): [">= 1.03", 1.407, True],
+            ("memory", "best peer / ours, least"): [">= 1.0", 0.99, False],
+            ("memory", "over the loads, batch >= 64, worst"): ["<= 1.07", 1.05, True],
+            ("compute", "best peer / ours, mean"): [">= 1.03", 2.0, True],
+            ("compute", "best peer / ours, least"): [">= 0.98", 2.0, True],
+            ("unequal lengths", "over equal ones, 16 heads, worst"): ["<= 1.03", 1.05, False],
+            ("unequal lengths", "over equal ones, 128 heads, worst"): ["<= 1.03", 1.03, True],
+        }
+        self.assertEqual(found, expected)
+
+
+if __name__ == "__main__":
+    absltest.main()
