@@ -64,6 +64,7 @@ bench: $(VENV)/ready
 figures: $(VENV)/ready-for-figures
 	@$(RUN) -m benchmarks.tables
 	@$(RUN) -m benchmarks.figures
+	@$(RUN) -m benchmarks.bars
 
 clean:
 	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist .bazel bazel-out

@@ -2,6 +2,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cfloat>
+
 #include "cuda/kernel_params.cuh"
 #include "cuda/launch.cuh"
 
@@ -10,7 +12,7 @@ namespace {
 
 constexpr int kColumnTiles = kLatentDim / 8;
 constexpr float kLn2 = 0.6931471805599453f;
-constexpr float kLowest = -1e30f;  // below any log-sum-exp, and still finite
+constexpr float kLowest = -FLT_MAX;  // not above any log-sum-exp, and still finite
 
 // Two neighbouring columns.
 __device__ __forceinline__ void store2(__nv_bfloat16* target, float x, float y) {
