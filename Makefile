@@ -32,6 +32,7 @@ lint: $(VENV)/ready-for-lint
 	@$(VENV)/bin/clang-format --dry-run -Werror $(NATIVE_SOURCES)
 	@$(RUN) -m benchmarks.tables --check
 	@$(RUN) -m benchmarks.figures --check
+	@$(RUN) -m benchmarks.bars --check
 
 format: $(VENV)/ready-for-lint
 	@$(VENV)/bin/ruff check --fix .

@@ -1,12 +1,16 @@
 """What decode is to reach on an H200, and what it reaches: `python -m benchmarks.bars`.
 
-Reads two runs of `benchmarks.decode` and the plan's times from benchmarks/results/; prints the
-table and writes bars.json. A ratio to the best peer is theirs over ours, normalised by the ceilings
-of the runs; peers were not measured with unequal lengths.
+Reads decode.json, an earlier run of the same program (repeated_decode.json, copied there by hand)
+and the plan's times from benchmarks/results/; prints the table and writes bars.json, or with
+`--check` says whether it is current. A bar is reached if every run reaches it. A ratio to the best
+peer is theirs over ours, normalised by the ceilings of the runs; peers were not measured with
+unequal lengths.
 """
 
+import argparse
 import json
 import math
+import sys
 
 from benchmarks import report, tables
 from benchmarks.cases import FULL_BATCH
@@ -37,6 +41,8 @@ def figures(rows):
     sets = {"small": (1.5, 1.25), "memory": (1.03, 1.0), "compute": (1.03, 0.98)}
     for kind, (mean, least) in sets.items():
         chosen = [r for r in rows if r["suite"] == kind and "over_best_peer_normalised" in r]
+        if not chosen:
+            sys.exit("decode.json has no times of peers beside ours: it is of another kind of chip")
         ratios = faster(chosen)
         yield at_least(kind, "best peer / ours, mean", mean, geometric_mean(ratios))
         yield at_least(kind, "best peer / ours, least", least, min(ratios))
@@ -55,14 +61,14 @@ def figures(rows):
         yield at_most("unequal lengths", f"over equal ones, {heads} heads, worst", 1.03, worst)
 
 
-def main():
-    """Prints, writes bars.json."""
+def make_record():
+    """The table, and of which commits it is."""
     records = [tables.load(name) for name in RUNS]
     runs = [list(figures(record["rows"])) for record in records]
     rows = [
-        {"set": kind, "what": what, "bar": bar, "reached": reached}
+        {"set": kind, "what": what, "bar": bar, "reached": all(run[i][4] for run in runs)}
         | {name: run[i][3] for name, run in zip(RUNS, runs, strict=True)}
-        for i, (kind, what, bar, _, reached) in enumerate(runs[0])
+        for i, (kind, what, bar, *_) in enumerate(runs[0])
     ]
     plan = tables.load("planner")
     worst = max(row["kernel_us"]["median"] for row in plan["rows"] if row["batch"] <= 256)
@@ -71,14 +77,24 @@ def main():
         | {"reached": worst <= 3, "planner": worst}
     )
     commits = {name: tables.load(name)["environment"]["commit"] for name in (*RUNS, "planner")}
-    record = {"what": __doc__.splitlines()[0], "commits": commits, "rows": rows}
-    (report.RESULTS / "bars.json").write_text(json.dumps(record, indent=1) + "\n")
+    return {"what": __doc__.splitlines()[0], "commits": commits, "rows": rows}
+
+
+def main(arguments=None):
+    """Prints, writes or checks bars.json."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="whether bars.json is current")
+    record, path = make_record(), report.RESULTS / "bars.json"
+    text = json.dumps(record, indent=1) + "\n"
+    if parser.parse_args(arguments).check:
+        if not path.exists() or path.read_text() != text:
+            sys.exit(f"{path.name} is not what the other results say: run `make figures`")
+        return
+    path.write_text(text)
     names = ["set", "what", "bar", *RUNS, "planner", "reached"]
-    report.print_table(
-        "bars; commits: " + ", ".join(f"{name} {commit}" for name, commit in commits.items()),
-        names,
-        [[row.get(name, "") for name in names] for row in rows],
-    )
+    commits = ", ".join(f"{name} {commit}" for name, commit in record["commits"].items())
+    rows = [[row.get(name, "") for name in names] for row in record["rows"]]
+    report.print_table(f"bars; commits: {commits}", names, rows)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ DRAWN = re.compile(r"(normal|uniform)\((\d+),(\d+)\)")
 LENGTHS = (
     "a length of 1 or more, normal(mean,deviation), uniform(least,most) or a file of such lengths"
 )
+MOST_TOKENS = 2**30  # of a sequence
 
 
 class Case(NamedTuple):
@@ -64,7 +65,7 @@ class Case(NamedTuple):
         row = {"batch": self.batch, "s_q": self.s_q, "heads": self.heads}
         row["tokens"] = round(sum(self.lengths) / self.batch)
         if not self.equal:
-            row["seqlens"] = self.seqlens
+            row |= {"seqlens": self.seqlens, "all_tokens": sum(self.lengths)}
         return row | {"dtype": self.dtype}
 
     def __str__(self):
@@ -81,6 +82,8 @@ def make_case(batch, s_q, heads, seqlens, dtype="bfloat16"):
     drawn = DRAWN.fullmatch(text)
     if drawn:
         kind, first, second = drawn[1], int(drawn[2]), int(drawn[3])
+        if not 1 <= max(first, second) <= MOST_TOKENS or first < 1:
+            raise ValueError(f"expected numbers from 1 to {MOST_TOKENS:,}, got {text}")
         lengths = (_normal if kind == "normal" else _uniform)(first, second, batch or 1)
     elif text.isdecimal():
         lengths = [int(text)] * (batch or 1)

@@ -30,7 +30,9 @@ WHAT = (
     "has. bound_us: its loads alone, or else its bytes at the run's reading speed, or its products "
     "at the speed of a large product, if that is longer. over_equal: over equal lengths of as many "
     "tokens, timed in turns with it. flashmla_us, fa3_us: from peers_h200.json, another run on the "
-    "same kind of chip. over_*_normalised: the ratio after scaling each time by its run's ceiling, "
+    "same kind of chip (fa3_us: good to 8 % in the large rows, and without ceilings of its own: "
+    "those of the other are taken). over_*_normalised: the ratio after scaling each time by its run's "
+    "ceiling, "
     "where the batch fills the chip: above 64 query rows the matrix product of a chip under load "
     "(hot_matmul_tflops, between a row's samples; theirs after their rows), else reading. "
     f"ceilings: a bfloat16 product of {MATMUL}^3, a sum of {READ_BYTES / 2**30:.0f} GiB of float32."
@@ -66,16 +68,19 @@ def measure(group, args):
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 rows[case].setdefault("failed", {})[name] = reason
     times = {case: {key: [] for key in samplers[case]} for case in group}
-    hot = {case: [] for case in group}
-    for _ in range(ROUNDS):
-        for case in group:
-            for key, sampler in samplers[case].items():
+    hot = {case: [] for case in group if "decode_us" in samplers[case] and case.bounded_by_products}
+    if hot:
+        measure_matmul(HOT_CALLS)  # no round on a cooler chip than the others
+    for number in range(ROUNDS):
+        turn = -1 if number % 2 else 1  # there and back, so that nothing is always the first
+        for case in group[::turn]:
+            for key, sampler in list(samplers[case].items())[::turn]:
                 times[case][key] += sampler()
-            if "decode_us" in samplers[case] and case.bounded_by_products:
+            if case in hot:
                 hot[case].append(measure_matmul(HOT_CALLS))
     for case, row in rows.items():
         row |= {key: report.summary(values) for key, values in times[case].items()}
-        if hot[case]:
+        if case in hot:
             row["hot_matmul_tflops"] = report.summary(hot[case])
         if ours_key(row):
             row |= speeds(case, ours(row))

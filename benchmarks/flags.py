@@ -62,8 +62,16 @@ def parse(arguments):
     memory = memory_bytes()
     for case in args.cases:
         if cases.bytes_needed(case) > memory:
-            flag = f"--seqlens: expected cases that fit into {memory / 2**30:.0f} GiB"
+            which = "--batch, --s_q, --heads, --seqlens" if own else "--suite"
+            flag = f"{which}: expected cases that fit into {memory / 2**30:.0f} GiB"
             parser.error(f"{flag}, got {case}: {cases.bytes_needed(case) / 2**30:.0f} GiB")
+
+    for flag in ("out", "plots"):
+        if folder := getattr(args, flag):
+            try:
+                os.makedirs(folder, exist_ok=True)
+            except OSError as error:
+                parser.error(f"--{flag}: expected a directory, got {folder!r} ({error.strerror})")
 
     args.required = args.implementations or (["cuda", "plain"] if kernel else ["xla", "plain"])
     for name in args.required:

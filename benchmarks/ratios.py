@@ -48,7 +48,9 @@ def add_ratios(rows, ceilings, recorded):
 
 
 def _alike(row):
-    return tuple(row[key] for key in ("batch", "s_q", "heads", "tokens", "dtype"))
+    """What equal and unequal lengths have in common, to be compared."""
+    tokens = row.get("all_tokens", row["batch"] * row["tokens"])
+    return tokens, *(row[key] for key in ("batch", "s_q", "heads", "dtype"))
 
 
 def _mean(ceilings, key):
@@ -71,7 +73,7 @@ def _add_recorded(row, ceilings, recorded):
     """Adds the recorded times of the same case, and the ratios to them.
 
     The normalised ones are as if both runs had had the same ceilings. The product that is compared
-    is that of a chip under load, in both runs.
+    is that of a chip under load: ours between samples; theirs, presumably, after their rows.
     """
     if "seqlens" in row or row["dtype"] != "bfloat16" or "decode_us" not in row:
         return

@@ -1,8 +1,13 @@
 """What `benchmarks.bars` makes of a run."""
 
+import json
+import pathlib
+import tempfile
+from unittest import mock
+
 from absl.testing import absltest
 
-from benchmarks import bars
+from benchmarks import bars, report, tables
 
 
 def row(suite, batch, heads, tokens=4096, microseconds=10.0, **more):
@@ -42,6 +47,34 @@ class BarsTest(absltest.TestCase):
             ("unequal lengths", "over equal ones, 128 heads, worst"): ["<= 1.03", 1.03, True],
         }
         self.assertEqual(found, expected)
+
+    def test_a_bar_is_reached_if_all_runs_reach_it(self):
+        slower = [dict(row) for row in ROWS]
+        slower[0]["decode_us"] = {"median": 9.1}
+        rows = {"decode": ROWS, "repeated_decode": slower}
+        rows["planner"] = [
+            {"batch": b, "kernel_us": {"median": us}} for b, us in ((8, 2), (512, 4))
+        ]
+
+        def load(name):
+            return {"environment": {"commit": f"of {name}"}, "rows": rows[name]}
+
+        folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+        with mock.patch.object(tables, "load", load), mock.patch.object(report, "RESULTS", folder):
+            bars.main([])
+            bars.main(["--check"])
+            table = json.loads((folder / "bars.json").read_text())
+            rows["decode"] = slower
+            with self.assertRaisesRegex(SystemExit, "run `make figures`"):
+                bars.main(["--check"])
+            rows["decode"] = [row("small", 1, 16) | {"suite": "own"}]
+            with self.assertRaisesRegex(SystemExit, "no times of peers"):
+                bars.main([])
+        found = {entry["what"]: entry for entry in table["rows"]}
+        self.assertEqual(found["1 x 16 heads x 4,096, µs"]["repeated_decode"], 9.1)
+        self.assertFalse(found["1 x 16 heads x 4,096, µs"]["reached"])
+        self.assertTrue(found["up to 256 sequences, worst, µs"]["reached"])
+        self.assertEqual(table["commits"]["planner"], "of planner")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,17 @@ import pytest
 from absl.testing import absltest, parameterized
 
 pytest.importorskip("rich", reason="the benchmarks print with rich")
-from benchmarks import cases, compare, decode, flags, implementations, operands, peers, report
+from benchmarks import (
+    cases,
+    compare,
+    decode,
+    flags,
+    implementations,
+    operands,
+    peers,
+    ratios,
+    report,
+)
 from benchmarks.cases import make_case
 from jax_flashmla import flash_mla_with_kvcache, native
 from tests.stand_ins import FakeTensor, fake_peers, fake_timer
@@ -222,6 +232,28 @@ class WithStandInsTest(parameterized.TestCase):
             if there:
                 self.assertEqual(rows[128]["over_flashmla"], round(2.04 / 4, 3))
                 self.assertEqual(rows[128]["over_best_peer_normalised"], round(2.04 / 3, 3))
+
+    @parameterized.parameters((32, 16, 1.1), (32, 128, 1.2), (8, 128, 1.0))
+    def test_ratios_are_normalised_by_what_bounds_a_case(self, batch, heads, scale):
+        # Times on a chip that reads 1.1 times and multiplies 1.2 times as fast would have been
+        # so much longer on the peers'.
+        recorded = {
+            "ceilings_same_run": {
+                "hbm_read_gb_per_s": [3900, 4100],
+                "matmul_bf16_8192_tflops_before_and_after": [900, 700],
+            },
+            "rows": [{"b": batch, "s_q": 1, "h_q": heads, "s_k": 64, "best_peer_decode_us": 20}],
+        }
+        recorded["rows"][0] |= {"decode_us": 25, "fa3_decode_us": 20}
+        row = make_case(batch, 1, heads, "64").identity() | {"decode_us": {"median": 10}}
+        row |= {"tflops": 1.0, "gb_per_s": 1.0}
+        if make_case(batch, 1, heads, "64").bounded_by_products:
+            row["hot_matmul_tflops"] = {"median": 840}
+        ceilings = {"before": {"read_gb_per_s": 4400, "matmul_tflops": 1}}
+        ratios.add_ratios([row], ceilings, recorded)
+        self.assertEqual(row["over_best_peer"], 0.5)
+        self.assertEqual(row["over_best_peer_normalised"], round(0.5 * scale, 3))
+        self.assertEqual(row["over_flashmla_normalised"], round(0.4 * scale, 3))
 
     def test_compare_tells_lengths_and_dtypes_apart(self):
         _, record, _ = self.rows(*SHAPES)
