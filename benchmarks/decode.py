@@ -31,10 +31,10 @@ WHAT = (
     "at the speed of a large product, if that is longer. over_equal: over equal lengths of as many "
     "tokens, timed in turns with it. flashmla_us, fa3_us: from peers_h200.json, another run on the "
     "same kind of chip (fa3_us: good to 8 % in the large rows, and without ceilings of its own: "
-    "those of the other are taken). over_*_normalised: the ratio after scaling each time by its run's "
-    "ceiling, "
-    "where the batch fills the chip: above 64 query rows the matrix product of a chip under load "
-    "(hot_matmul_tflops, between a row's samples; theirs after their rows), else reading. "
+    "those of the other are taken). over_*_normalised: the ratio after scaling each time by its "
+    "run's ceiling, where the batch fills the chip: above 64 query rows the matrix product of a "
+    "chip under load (hot_matmul_tflops, between a row's samples; theirs after their rows), else "
+    "reading. "
     f"ceilings: a bfloat16 product of {MATMUL}^3, a sum of {READ_BYTES / 2**30:.0f} GiB of float32."
 )
 NO_GPU = (

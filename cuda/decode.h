@@ -1,4 +1,4 @@
-// Paged MLA decode: one kernel that attends, split by the plan, and one that combines the splits.
+// Paged MLA decode: a kernel that attends, split by the plan, and one that combines the splits.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -19,6 +19,7 @@ enum class DType { kBFloat16, kFloat16 };
 // that warps store and load whole lines: tiles of kPartialRows rows (the last one's may be more
 // than there are), in them tiles of eight columns, in them a float4 of each of 32 lanes. Lane i
 // has, of rows i / 4 and i / 4 + 8, columns 2 (i % 4) and the next.
+// Queries, keys, tile_scheduler_metadata and partial_out are aligned to 16 bytes.
 struct DecodeParams {
   DType dtype;
   const void* q_nope;  // [groups, batch, s_q, h_q, q_nope_stride]: its first 512 columns
@@ -61,7 +62,7 @@ inline bool is_narrow(const DecodeParams& p) { return p.num_rows() <= kNarrowRow
 // Enqueues both kernels on the current device; returns the first error.
 cudaError_t launch_decode(const DecodeParams& params, cudaStream_t stream);
 
-// The two halves, for launch_decode.
+// The two halves, for launch_decode; not with an empty batch.
 cudaError_t launch_split(const DecodeParams& params, cudaStream_t stream);
 cudaError_t launch_combine(const DecodeParams& params, cudaStream_t stream);
 

@@ -1,4 +1,5 @@
-// The loader of the split kernel: three threads, for the keys and for either half of the queries.
+// The loader of the wide split kernel: three threads, for the keys and for either half of the
+// queries.
 #pragma once
 
 #include "cuda/decode_copies.cuh"
@@ -95,8 +96,8 @@ __device__ __forceinline__ void load_keys(const KernelParams& p, const TensorMap
   }
 }
 
-// By the threads that do not load, once: zeroes the rows of q that do not exist; no sequence writes
-// them.
+// By the threads that do not load, once: zeroes the rows of q that do not exist, since no box may
+// cover them. (One that does brings neighbours' queries: rows do not mix.)
 template <typename Element, int kCount>
 __device__ __forceinline__ void clear_missing_rows(const KernelParams& p,
                                                    Element (&tiles)[kCount][kTileElements],

@@ -30,7 +30,7 @@ __device__ __forceinline__ void load_queries(const KernelParams& p, const Tensor
       smem.q_empty.wait(parity);
       parity ^= 1;
     }
-    if (maps.q_box_tiles == kValueTiles) {  // all at once, with rows that do not exist
+    if (maps.q_box_tiles == kValueTiles) {  // all at once, with rows of neighbours
       smem.q_full.arrive_and_expect_tx(sizeof(smem.q));
       const int64_t first = query_index(p, work, seq, 0);
       load_query_box(maps, smem.q_full, smem.q[0], 0, first);

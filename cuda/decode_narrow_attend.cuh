@@ -24,7 +24,7 @@ __device__ __forceinline__ float4 compute_scores(NarrowMemory<Element>& smem,
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
       uint32_t b[2][2];
-      load_keys(keys, warp * kWarpKeys, pair, lane, b);
+      read_keys(keys, warp * kWarpKeys, pair, lane, b);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int step = pair * 2 + i;
@@ -35,7 +35,7 @@ __device__ __forceinline__ float4 compute_scores(NarrowMemory<Element>& smem,
   const auto read_queries = [&](int tile) __attribute__((always_inline)) {
     if constexpr (kRead) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) load_rows(smem.q[tile], i, lane, q.a[tile * 4 + i]);
+      for (int i = 0; i < 4; ++i) read_rows(smem.q[tile], i, lane, q.a[tile * 4 + i]);
     }
   };
   read_queries(kRopeTile);
@@ -75,11 +75,11 @@ __device__ __forceinline__ void multiply_values(Element (&values)[kTileElements]
 #pragma unroll
   for (int step = 0; step < kBlock / 16; ++step) {
     uint32_t a[4];
-    load_rows(weights, step, lane, a);
+    read_rows(weights, step, lane, a);
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
       uint32_t b[2][2];
-      load_values(values, step, pair, lane, b);
+      read_values(values, step, pair, lane, b);
 #pragma unroll
       for (int i = 0; i < 2; ++i) multiply_add<Element>(out[pair * 2 + i], a, b[i]);
     }

@@ -42,20 +42,20 @@ __device__ __forceinline__ uint128_t& vector_at(Element* tile, int row, int vect
 
 // The operand A of a step of 16 columns: all rows of a tile of queries or of the weights.
 template <typename Element>
-__device__ __forceinline__ void load_rows(Element* tile, int step, int lane, uint32_t (&a)[4]) {
+__device__ __forceinline__ void read_rows(Element* tile, int step, int lane, uint32_t (&a)[4]) {
   SM75_U32x4_LDSM_N::copy(vector_at(tile, lane % 16, step * 2 + lane / 16), a[0], a[1], a[2], a[3]);
 }
 // The operands B of two steps: eight keys, which are columns of the product, with 32 columns of
 // theirs.
 template <typename Element>
-__device__ __forceinline__ void load_keys(Element* tile, int key, int pair, int lane,
+__device__ __forceinline__ void read_keys(Element* tile, int key, int pair, int lane,
                                           uint32_t (&b)[2][2]) {
   SM75_U32x4_LDSM_N::copy(vector_at(tile, key + lane % 8, pair * 4 + lane / 8), b[0][0], b[0][1],
                           b[1][0], b[1][1]);
 }
 // Two operands B of a step of 16 keys: eight value columns each.
 template <typename Element>
-__device__ __forceinline__ void load_values(Element* tile, int step, int pair, int lane,
+__device__ __forceinline__ void read_values(Element* tile, int step, int pair, int lane,
                                             uint32_t (&b)[2][2]) {
   SM75_U16x8_LDSM_T::copy(vector_at(tile, step * 16 + lane % 16, pair * 2 + lane / 16), b[0][0],
                           b[0][1], b[1][0], b[1][1]);

@@ -1,4 +1,4 @@
-// The scores warpgroup of the split kernel: S = Q K^T, and from it the weights P.
+// The scores warpgroup of the wide split kernel: S = Q K^T, and from it the weights P.
 #pragma once
 
 #include "cuda/decode_shared.cuh"

@@ -1,4 +1,5 @@
-// What the roles of the split kernel share: the shared memory plan, the barriers, the work items.
+// What both split kernels share, work items and rings, and what the roles of the wide one share:
+// the shared memory plan, the barriers.
 #pragma once
 
 #include <cutlass/arch/barrier.h>

@@ -1,6 +1,8 @@
 // What the softmax of both split kernels shares.
 #pragma once
 
+#include <cfloat>
+
 #include "cuda/decode_shared.cuh"
 
 namespace jax_flashmla {

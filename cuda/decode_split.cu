@@ -1,8 +1,7 @@
-// The split kernel. Schedule, barriers and budgets are drawn in cuda/README.md.
+// The wide split kernel, and which of both runs. Schedule, barriers and budgets are drawn in
+// cuda/README.md.
 #include <cutlass/arch/reg_reconfig.h>
 #include <cutlass/numeric_types.h>
-
-#include <cfloat>
 
 #include "cuda/decode_load.cuh"
 #include "cuda/decode_narrow.h"

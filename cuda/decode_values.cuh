@@ -1,4 +1,4 @@
-// The value warpgroups of the split kernel: O = P V, each its half of the columns.
+// The value warpgroups of the wide split kernel: O = P V, each its half of the columns.
 #pragma once
 
 #include "cuda/decode_shared.cuh"

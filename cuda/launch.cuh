@@ -23,8 +23,8 @@ struct LaunchShape {
   int cluster = 1;
 };
 
-// Launches a kernel that may begin before the one before it in the stream has ended: all of them
-// wait for that (cudaGridDependencySynchronize) before they touch memory that others write.
+// Launches a kernel that may begin before the one before it in the stream has ended: it waits for
+// that, see below.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_dependent(void (*kernel)(Parameters...), const LaunchShape& shape,
                              cudaStream_t stream, const Arguments&... arguments) {
@@ -48,9 +48,9 @@ cudaError_t launch_dependent(void (*kernel)(Parameters...), const LaunchShape& s
 }
 
 // What all threads of such a kernel call before they touch memory that others write: from then on,
-// all before it in the stream is done. Until then, they can only get ready. The next kernel may
-// take its place on an SM as soon as that has no more work; not earlier, since what it reads before
-// its own wait would not be known to be there.
+// all before it in the stream is done. Until then, they can only get ready. Only then may the next
+// kernel take its place on an SM that has no more work, and not before: the combine kernel relies
+// on that when it reads the plan before its own wait.
 __device__ __forceinline__ void wait_for_kernel_before() {
   cudaGridDependencySynchronize();
   cudaTriggerProgrammaticLaunchCompletion();

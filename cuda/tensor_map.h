@@ -17,7 +17,8 @@ struct TensorMaps {
   CUtensorMap keys;
   CUtensorMap rope_keys;
   // All query rows, coordinates (column of a tile, row, tile), boxes of q_box_rows rows: as many of
-  // a row tile as are always neighbours in memory. q_box_tiles: of a box of q_nope.
+  // a row tile as are always neighbours in memory; in the narrow kernel all 16 where they are, with
+  // rows of others behind them. q_box_tiles: how many tiles a box of q_nope has.
   CUtensorMap q_nope;
   CUtensorMap q_rope;
   int q_box_rows;
