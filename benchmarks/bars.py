@@ -63,20 +63,20 @@ def figures(rows):
 
 def make_record():
     """The table, and of which commits it is."""
-    records = [tables.load(name) for name in RUNS]
-    runs = [list(figures(record["rows"])) for record in records]
+    records = {name: tables.load(name) for name in (*RUNS, "planner")}
+    runs = [list(figures(records[name]["rows"])) for name in RUNS]
     rows = [
         {"set": kind, "what": what, "bar": bar, "reached": all(run[i][4] for run in runs)}
         | {name: run[i][3] for name, run in zip(RUNS, runs, strict=True)}
         for i, (kind, what, bar, *_) in enumerate(runs[0])
     ]
-    plan = tables.load("planner")
-    worst = max(row["kernel_us"]["median"] for row in plan["rows"] if row["batch"] <= 256)
+    plans = records["planner"]["rows"]
+    worst = max(row["kernel_us"]["median"] for row in plans if row["batch"] <= 256)
     rows.append(
         {"set": "plan", "what": "up to 256 sequences, worst, µs", "bar": "<= 3"}
         | {"reached": worst <= 3, "planner": worst}
     )
-    commits = {name: tables.load(name)["environment"]["commit"] for name in (*RUNS, "planner")}
+    commits = {name: record["environment"]["commit"] for name, record in records.items()}
     return {"what": __doc__.splitlines()[0], "commits": commits, "rows": rows}
 
 

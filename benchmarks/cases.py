@@ -11,12 +11,12 @@ import numpy as np
 
 from benchmarks import report
 from jax_flashmla import planner
-from jax_flashmla.arguments import PAGE_BLOCK_SIZE
+from jax_flashmla.arguments import HEAD_DIM, LATENT_DIM, PAGE_BLOCK_SIZE
 
 SEED = 0
 DTYPES = "bfloat16", "float16"
-ROW_BYTES = 576 * 2  # of the cache: one token
-FLOPS = 2 * (576 + 512)  # of a token, for each query row
+ROW_BYTES = HEAD_DIM * 2  # of the cache: one token
+FLOPS = 2 * (HEAD_DIM + LATENT_DIM)  # of a token, for each query row
 FULL_BATCH = 32  # from here on, the chip's ceilings bound a case, and not latency
 DRAWN = re.compile(r"(normal|uniform)\((\d+),(\d+)\)")
 LENGTHS = (
@@ -65,7 +65,7 @@ class Case(NamedTuple):
         row = {"batch": self.batch, "s_q": self.s_q, "heads": self.heads}
         row["tokens"] = round(sum(self.lengths) / self.batch)
         if not self.equal:
-            row |= {"seqlens": self.seqlens, "all_tokens": sum(self.lengths)}
+            row["seqlens"] = self.seqlens
         return row | {"dtype": self.dtype}
 
     def __str__(self):
@@ -202,5 +202,5 @@ def bytes_needed(case):
     rows = case.s_q * case.heads
     widest = math.ceil(max(case.lengths) / PAGE_BLOCK_SIZE)
     pages = case.pages * PAGE_BLOCK_SIZE * ROW_BYTES + case.batch * widest * 4
-    partial = (case.batch + planner.num_sm_parts(rows, 1, 132)) * rows * 512 * 4
-    return pages + case.batch * rows * (576 + 512) * 2 + partial
+    partial = (case.batch + planner.num_sm_parts(rows, 1, 132)) * rows * LATENT_DIM * 4
+    return pages + case.batch * rows * (HEAD_DIM + LATENT_DIM) * 2 + partial

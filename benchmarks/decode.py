@@ -16,7 +16,7 @@ from benchmarks import cases, implementations, peers, report
 from benchmarks.flags import parse, record_name
 from benchmarks.implementations import KEYS
 from benchmarks.operands import check, make_operands, make_pool
-from benchmarks.ratios import add_ratios, ours, ours_key, speeds
+from benchmarks.ratios import add_over_equal, add_ratios, ours, ours_key, speeds
 from benchmarks.timing import HOT_CALLS, MATMUL, READ_BYTES, measure_ceilings, measure_matmul
 
 ROUNDS = 3
@@ -84,6 +84,7 @@ def measure(group, args):
             row["hot_matmul_tflops"] = report.summary(hot[case])
         if ours_key(row):
             row |= speeds(case, ours(row))
+    add_over_equal(rows.values())
     return list(rows.values())
 
 
@@ -168,7 +169,6 @@ def main(arguments=None):
         from benchmarks import figures  # which wants matplotlib
 
         folder = pathlib.Path(args.plots)
-        folder.mkdir(parents=True, exist_ok=True)
         for name in figures.FIGURES:
             if figures.save(name, record, folder, "benchmarks.decode"):
                 print(f"drew {folder / name}.svg")

@@ -196,10 +196,11 @@ def main():
     check = parser.parse_args().check
     path = report.RESULTS / f"{SOURCE}.json"
     source = f"sha256 of {path.name}: {hashlib.sha256(path.read_bytes()).hexdigest()}"
+    record = tables.load(SOURCE)
     for name in FIGURES:
         target = FOLDER / f"{name}.svg"
         if not check:
-            if not save(name, tables.load(SOURCE), FOLDER, source):
+            if not save(name, record, FOLDER, source):
                 sys.exit(f"{path.name} has no cases for {name}: measure the suite all")
         elif not target.exists() or source not in target.read_text():
             sys.exit(f"{target.name} is not of the present {path.name}: run `make figures`")

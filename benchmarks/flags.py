@@ -40,7 +40,9 @@ def parse(arguments):
         help=", ".join(cases.DTYPES),
     )
     parser.add_argument("--implementations", nargs="+", type=_one_of(*KEYS), help=", ".join(KEYS))
-    parser.add_argument("--plots", help="a directory for pictures of this run")
+    parser.add_argument(
+        "--plots", type=report.directory, help="a directory for pictures of this run"
+    )
     args = parser.parse_args(arguments)
 
     own = [flag for flag in OWN if getattr(args, flag)]
@@ -65,13 +67,6 @@ def parse(arguments):
             which = "--batch, --s_q, --heads, --seqlens" if own else "--suite"
             flag = f"{which}: expected cases that fit into {memory / 2**30:.0f} GiB"
             parser.error(f"{flag}, got {case}: {cases.bytes_needed(case) / 2**30:.0f} GiB")
-
-    for flag in ("out", "plots"):
-        if folder := getattr(args, flag):
-            try:
-                os.makedirs(folder, exist_ok=True)
-            except OSError as error:
-                parser.error(f"--{flag}: expected a directory, got {folder!r} ({error.strerror})")
 
     args.required = args.implementations or (["cuda", "plain"] if kernel else ["xla", "plain"])
     for name in args.required:

@@ -23,34 +23,33 @@ def speeds(case, microseconds):
     return {"tflops": float(f"{tflops:.4g}"), "gb_per_s": float(f"{gb_per_s:.4g}")}
 
 
+def add_over_equal(rows):
+    """Adds the ratio to equal lengths, in the rows of cases of as many tokens (`cases.groups`)."""
+    timed = [row for row in rows if ours_key(row)]
+    for equal in (row for row in timed if "seqlens" not in row):
+        for row in (row for row in timed if "seqlens" in row):
+            row["over_equal"] = round(ours(row) / ours(equal), 3)
+
+
 def add_ratios(rows, ceilings, recorded):
-    """Adds what needs other rows, the ceilings, or the recorded times of peers.
+    """Adds what needs a row's other times, the ceilings, or the recorded times of peers.
 
     Args:
       rows: all of them so far.
       ceilings: of the run, by when they were taken; empty where there were none.
       recorded: `cases.peers()` if it is of this kind of chip, else None.
     """
-    equal = {_alike(row): row for row in rows if "seqlens" not in row}
     for row in (row for row in rows if ours_key(row)):
         for name, key in KEYS.items():
             if key in row and key != ours_key(row):
                 row[f"over_{name}"] = round(ours(row) / report.median(row[key]), 3)
         if "floor_us" in row and "decode_us" in row:
             row["over_floor"] = round(ours(row) / row["floor_us"]["median"], 3)
-        if "seqlens" in row and _alike(row) in equal and ours_key(equal[_alike(row)]):
-            row["over_equal"] = round(ours(row) / ours(equal[_alike(row)]), 3)
         if ceilings:
             row["bound_us"] = round(_bound(row, ceilings), 2)
             row["share_of_bound"] = round(row["bound_us"] / ours(row), 3)
         if ceilings and recorded:
             _add_recorded(row, ceilings, recorded)
-
-
-def _alike(row):
-    """What equal and unequal lengths have in common, to be compared."""
-    tokens = row.get("all_tokens", row["batch"] * row["tokens"])
-    return tokens, *(row[key] for key in ("batch", "s_q", "heads", "dtype"))
 
 
 def _mean(ceilings, key):

@@ -30,11 +30,23 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str):
         """Every benchmark writes JSON."""
         super().__init__(description=description)
-        self.add_argument("--out", help="directory of the JSON (default: benchmarks/results)")
+        self.add_argument(
+            "--out", type=directory, help="directory of the JSON (default: benchmarks/results)"
+        )
 
     def error(self, message):
         """Leaves with status 2."""
         self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}\n")
+
+
+def directory(text: str) -> str:
+    """A flag's directory, made if it is missing: before anything is measured."""
+    try:
+        os.makedirs(text, exist_ok=True)
+    except OSError as error:
+        message = f"expected a directory, got {text!r} ({error.strerror})"
+        raise argparse.ArgumentTypeError(message) from error
+    return text
 
 
 def output_directory(name: str, description: str, operation: str) -> str | None:
@@ -42,11 +54,11 @@ def output_directory(name: str, description: str, operation: str) -> str | None:
 
     Leaves with a sentence where `operation` has no CUDA kernel to time.
     """
-    directory = Parser(description).parse_args().out
+    out = Parser(description).parse_args().out
     reason = native.why_no_kernel(operation)
     if reason is not None:
         sys.exit(f"{name} times the CUDA kernel, and there is none here: {reason}.")
-    return directory
+    return out
 
 
 @functools.cache
@@ -138,7 +150,6 @@ def write(name, what, rows, directory, start=None, done=True, **extra) -> dict:
       **extra: more keys of the record.
     """
     path = pathlib.Path(directory or RESULTS) / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     states = {"start": start, "end": gpu_state() if done else None}
     record = {"what": what, "environment": environment()}
     record |= {"gpu_state": {when: state for when, state in states.items() if state}}

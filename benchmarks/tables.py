@@ -6,7 +6,7 @@ import pathlib
 import re
 import sys
 
-from benchmarks import report
+from benchmarks import cases, report
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 MARKED = r"(<!-- table:{name}: made by `make figures` -->\n).*?(<!-- end -->)"
@@ -91,8 +91,8 @@ def decode():
         )
     hot = hot_products(record)
     text += f"\nThe product under load, between samples: {min(hot):.0f} to {max(hot):.0f}."
-    peers = json.loads(report.PEERS.read_text())["ceilings_same_run"]
-    read, matmul = (" to ".join(f"{x:,}" for x in values) for values in peers.values())
+    theirs = cases.peers()["ceilings_same_run"]
+    read, matmul = (" to ".join(f"{x:,}" for x in values) for values in theirs.values())
     text += f"\nCeilings of the peers' run: {read} GB/s, {matmul} TFLOP/s.\n"
     return text + source("decode")
 
