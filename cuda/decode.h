@@ -7,10 +7,12 @@
 
 namespace jax_flashmla {
 
-inline constexpr int kHeadDim = 576;     // columns of a key
-inline constexpr int kLatentDim = 512;   // the first of them are also the value
-inline constexpr int kRowTile = 64;      // query rows of one CTA
-inline constexpr int kPartialRows = 16;  // partial results are tiles of so many rows
+inline constexpr int kHeadDim = 576;                // columns of a key
+inline constexpr int kLatentDim = 512;              // the first of them are also the value
+inline constexpr int kRowTile = 64;                 // query rows of one CTA
+inline constexpr int kPartialRows = 16;             // partial results: tiles of so many rows
+inline constexpr int kPartialColumns = 8;           // and columns
+inline constexpr float kLn2 = 0.6931471805599453f;  // natural logarithms from base 2
 
 enum class DType { kBFloat16, kFloat16 };
 

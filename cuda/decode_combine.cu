@@ -10,8 +10,7 @@
 namespace jax_flashmla {
 namespace {
 
-constexpr int kColumnTiles = kLatentDim / 8;
-constexpr float kLn2 = 0.6931471805599453f;
+constexpr int kColumnTiles = kLatentDim / kPartialColumns;
 constexpr float kLowest = -FLT_MAX;  // not above any log-sum-exp, and still finite
 
 // Two neighbouring columns.
@@ -172,7 +171,8 @@ __global__ void __launch_bounds__(FewSplits::kThreads)
 #pragma unroll
       for (int v = 0; v < S::kVectors; ++v) {
         const float* pair = i == 0 ? &sum[v].x : &sum[v].z;
-        store2(target[i].out + (first + v) * 8 + lane % 4 * 2, pair[0] * factor, pair[1] * factor);
+        store2(target[i].out + (first + v) * kPartialColumns + lane % 4 * 2, pair[0] * factor,
+               pair[1] * factor);
       }
       if (first == 0 && lane % 4 == 0) *target[i].lse = log_sum_exp(base[i], total[i]);
     }
@@ -311,7 +311,8 @@ __global__ void __launch_bounds__(S::kThreads)
       all = {all.x + x.x, all.y + x.y};
     }
     const float scale = inverse(sum_totals(end_row));
-    store2(target.out + (first + end_vector) * 8 + end_lane % 4 * 2, all.x * scale, all.y * scale);
+    store2(target.out + (first + end_vector) * kPartialColumns + end_lane % 4 * 2, all.x * scale,
+           all.y * scale);
   }
   if (first == 0 && threadIdx.x < kPartialRows && lse_target.lse != nullptr) {
     *lse_target.lse = log_sum_exp(base, sum_totals(row));

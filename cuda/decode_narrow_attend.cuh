@@ -212,7 +212,7 @@ __device__ __forceinline__ void attend(const KernelParams& p, NarrowMemory<Eleme
     for (int i = 0; i < 2; ++i) {
       if (lse[i] == nullptr) continue;
       const float value = sum[i] == 0 ? -INFINITY : max[i] + __log2f(sum[i]);
-      *lse[i] = item.slot < 0 ? value * kLn2 : value;
+      *lse[i] = stored_lse(item, value);
     }
   }
 }

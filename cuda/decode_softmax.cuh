@@ -8,7 +8,6 @@
 namespace jax_flashmla {
 
 inline constexpr float kLog2E = 1.4426950408889634f;
-inline constexpr float kLn2 = 0.6931471805599453f;
 // The maximum that weights are relative to may lag behind the true one by this much, base 2: the
 // output is then rarely rescaled, and weights stay below 2^8 (the idea is FlashAttention-4's).
 inline constexpr float kMaxLag = 8;
@@ -33,10 +32,9 @@ __device__ __forceinline__ float* lse_target(const KernelParams& p, const Work& 
   return p.lse + row_head * p.s_q + token;
 }
 
-// Writes the log-sum-exp (base 2) of a row.
-__device__ __forceinline__ void write_lse(const KernelParams& p, const Work& work, const Item& item,
-                                          int row, float lse) {
-  if (row < p.num_rows()) *lse_target(p, work, item, row) = item.slot < 0 ? lse * kLn2 : lse;
+// A log-sum-exp of base 2 as its target has it.
+__device__ __forceinline__ float stored_lse(const Item& item, float lse) {
+  return item.slot < 0 ? lse * kLn2 : lse;
 }
 
 }  // namespace jax_flashmla

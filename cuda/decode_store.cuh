@@ -6,8 +6,6 @@
 
 namespace jax_flashmla {
 
-inline constexpr int kColumnTile = 8;
-
 // Where a lane's part of a partial result goes, from tile of columns `first_tile` on. `row`: the
 // first of the warp's rows, of all of the KV head.
 __device__ __forceinline__ float4* partial_target(const KernelParams& p, const Work& work,
@@ -15,7 +13,7 @@ __device__ __forceinline__ float4* partial_target(const KernelParams& p, const W
                                                   int lane) {
   const int64_t tile = partial_tile(p, work, item, row / kPartialRows);
   return reinterpret_cast<float4*>(p.partial_out) +
-         (tile * (kLatentDim / kColumnTile) + first_tile) * 32 + lane;
+         (tile * (kLatentDim / kPartialColumns) + first_tile) * 32 + lane;
 }
 
 // Writes `kCount` tiles of columns: 32-bit partial results, to `partial`, if the item's sequence is
@@ -36,12 +34,13 @@ __device__ __forceinline__ void write_output(const KernelParams& p, const Work& 
     if (my_row >= p.num_rows()) return;
     Element* target = static_cast<Element*>(p.out) +
                       query_index(p, work, item.seq, my_row) * kLatentDim +
-                      first_tile * kColumnTile + lane % 4 * 2;
+                      first_tile * kPartialColumns + lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const float4 x = get(i);
       Element pair[2] = {Element(half == 0 ? x.x : x.z), Element(half == 0 ? x.y : x.w)};
-      *reinterpret_cast<uint32_t*>(target + i * kColumnTile) = *reinterpret_cast<uint32_t*>(pair);
+      *reinterpret_cast<uint32_t*>(target + i * kPartialColumns) =
+          *reinterpret_cast<uint32_t*>(pair);
     }
   }
 }

@@ -88,7 +88,7 @@ __device__ __forceinline__ void run_values(const KernelParams& p, SharedMemory<E
       return make_float4(out(4 * i) * inverse[0], out(4 * i + 1) * inverse[0],
                          out(4 * i + 2) * inverse[1], out(4 * i + 3) * inverse[1]);
     };
-    constexpr int kCount = kHalfTiles * 64 / kColumnTile;
+    constexpr int kCount = kHalfTiles * 64 / kPartialColumns;
     const int row = work.tile * kRowTile + thread / 32 * 16;
     float4* const partial = partial_target(p, work, item, row, side * kCount, lane);
     write_output<Element, kCount>(p, work, item, partial, row, side * kCount, lane, get);
