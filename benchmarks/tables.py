@@ -152,6 +152,7 @@ def step():
     """What a jitted program of many layers adds to the kernel."""
     columns = {
         "a layer more, µs": "slope_us",
+        "new outputs in each call, µs": "new_outputs_us",
         "planning in each layer, µs": "replanned_us",
         "kernels busy, µs": "busy_us",
         "between them, µs": "gaps_us",

@@ -325,18 +325,19 @@ cudaError_t launch_for_splits(const DecodeParams& p, cudaStream_t stream) {
   // several CTAs; with few, there are many tiles, most of which are whole and only cost their CTA.
   const int splits = (p.num_parts + p.batch - 1) / p.batch;
   const int64_t tiles = int64_t{p.groups} * p.batch * p.h_kv * p.partial_tiles();
-  const auto launch = [&](auto kernel, int slices, int threads) {
-    return launch_dependent(kernel, {.ctas = tiles * slices, .threads = threads}, stream, p,
-                            cutlass::FastDivmod(slices));
-  };
   const auto launch_many = [&](auto shape) {
     using S = decltype(shape);
-    return launch(combine_many<Element, S>, S::kSlices, S::kThreads);
+    return launch_dependent<combine_many<Element, S>>(
+        {.ctas = tiles * S::kSlices, .threads = S::kThreads}, stream, p,
+        cutlass::FastDivmod(S::kSlices));
   };
   if (splits > 8) {
     return tiles <= 4 ? launch_many(ManySplits<1, 18>{}) : launch_many(ManySplits<4, 4>{});
   }
-  return launch(combine_few<Element>, tiles > 256 ? 1 : FewSplits::kSlices, FewSplits::kThreads);
+  const int slices = tiles > 256 ? 1 : FewSplits::kSlices;
+  return launch_dependent<combine_few<Element>>(
+      {.ctas = tiles * slices, .threads = FewSplits::kThreads}, stream, p,
+      cutlass::FastDivmod(slices));
 }
 
 }  // namespace

@@ -127,7 +127,7 @@ cudaError_t launch(const DecodeParams& p, const TensorMaps& maps, cudaStream_t s
   const LaunchShape shape = {.ctas = int64_t{p.groups} * p.num_parts * p.h_kv,
                              .threads = kNarrowThreads,
                              .shared_bytes = sizeof(NarrowMemory<Element>)};
-  return launch_dependent(narrow_kernel<Element>, shape, stream, p, maps);
+  return launch_dependent<narrow_kernel<Element>>(shape, stream, p, maps);
 }
 
 }  // namespace

@@ -12,6 +12,10 @@
 namespace jax_flashmla {
 namespace {
 
+// Named barriers of a CTA without a cluster, for: shared memory is set up; its barriers are.
+inline constexpr int kSetUp = 1;
+inline constexpr int kBarriersSetUp = 2;
+
 template <int kCtas, typename Element>
 __device__ __forceinline__ void init_barriers(SharedMemory<Element>& smem) {
   for (int slot = 0; slot < kHalfSlots; ++slot) {
@@ -33,19 +37,33 @@ __device__ __forceinline__ void init_barriers(SharedMemory<Element>& smem) {
   cutlass::arch::fence_barrier_init();
 }
 
+// All meet when shared memory is set up. The loader sets up barriers, and need not wait for the
+// rest.
+template <int kCtas>
+__device__ __forceinline__ void meet_as_loader() {
+  if constexpr (kCtas == 1) {
+    cutlass::arch::NamedBarrier::sync(kWarpgroup, kBarriersSetUp);
+    cutlass::arch::NamedBarrier::arrive(kThreads, kSetUp);
+  } else {
+    cluster_sync();
+  }
+}
+
+template <int kCtas>
+__device__ __forceinline__ void meet_loader() {
+  if constexpr (kCtas == 1) {
+    cutlass::arch::NamedBarrier::sync(kThreads, kSetUp);
+  } else {
+    cluster_sync();
+  }
+}
+
 // A cluster of `kCtas` CTAs works on as many row tiles of the same sequence.
 template <int kCtas, typename Element>
 __global__ void __launch_bounds__(kThreads, 1)
     split_kernel(const __grid_constant__ KernelParams p, const __grid_constant__ TensorMaps maps) {
   extern __shared__ __align__(1024) char raw[];
   auto& smem = *reinterpret_cast<SharedMemory<Element>*>(raw);
-  const auto sync = [] {
-    if constexpr (kCtas == 1) {
-      __syncthreads();
-    } else {
-      cluster_sync();
-    }
-  };
   const int role = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0);
   const int thread = threadIdx.x % kWarpgroup;
   if (role == kLoader) {
@@ -55,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncwarp();
     wait_for_kernel_before();
     const Work found = find_work(p, zero_of_lane());  // on its way while all meet
-    sync();
+    meet_as_loader<kCtas>();
     const Work work = check_plan(p, found);
     if (thread == 0) {
       smem.work = work;
@@ -66,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (thread == 64) load_queries(p, maps, smem, work, kRight);
   } else {
     clear_missing_rows(p, smem.q, threadIdx.x);
-    sync();
+    meet_loader<kCtas>();
     wait_for_kernel_before();
     smem.work_known.wait(0);
     if (role == kScores) {
@@ -77,8 +95,12 @@ __global__ void __launch_bounds__(kThreads, 1)
       run_values<kCtas>(p, smem, role, thread);
     }
   }
-  // The others may still write into this CTA's shared memory, or tell it what they have read.
-  if constexpr (kCtas > 1) cluster_sync();
+  if constexpr (kCtas == 1) {
+    __syncthreads();  // barriers of part of the CTA want all of it to be there
+  } else {
+    // The others may still write into this CTA's shared memory, or tell it what they have read.
+    cluster_sync();
+  }
 }
 
 template <int kCtas, typename Element>
@@ -87,7 +109,7 @@ cudaError_t launch(const DecodeParams& p, const TensorMaps& maps, cudaStream_t s
                              .threads = kThreads,
                              .shared_bytes = sizeof(SharedMemory<Element>),
                              .cluster = kCtas};
-  return launch_dependent(split_kernel<kCtas, Element>, shape, stream, p, maps);
+  return launch_dependent<split_kernel<kCtas, Element>>(shape, stream, p, maps);
 }
 
 template <typename Element>

@@ -17,7 +17,7 @@ struct KernelParams : DecodeParams {
   cutlass::FastDivmod by_num_parts;
   cutlass::FastDivmod by_batch;
 
-  explicit KernelParams(const DecodeParams& p)
+  KernelParams(const DecodeParams& p)
       : DecodeParams(p),
         by_heads_per_kv(p.heads_per_kv()),
         by_num_rows(p.num_rows()),

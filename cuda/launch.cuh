@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 
 namespace jax_flashmla {
@@ -23,15 +24,31 @@ struct LaunchShape {
   int cluster = 1;
 };
 
+// Above 48 KB a kernel must be told how much shared memory it may have: once on every device, since
+// that takes as long as a launch.
+template <auto kKernel>
+cudaError_t allow_shared_memory(int bytes) {
+  static std::atomic<uint64_t> told = 0;  // a bit for each of the first devices
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if (told & bit) return cudaSuccess;
+  error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess) told |= bit;
+  return error;
+}
+
 // Launches a kernel that may begin before the one before it in the stream has ended: it waits for
 // that, see below.
-template <typename... Parameters, typename... Arguments>
-cudaError_t launch_dependent(void (*kernel)(Parameters...), const LaunchShape& shape,
-                             cudaStream_t stream, const Arguments&... arguments) {
+template <auto kKernel, typename... Arguments>
+cudaError_t launch_dependent(const LaunchShape& shape, cudaStream_t stream,
+                             const Arguments&... arguments) {
   if (shape.ctas > INT32_MAX) return cudaErrorInvalidConfiguration;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes);
-  if (error != cudaSuccess) return error;
+  if (shape.shared_bytes > 0) {
+    const cudaError_t error = allow_shared_memory<kKernel>(shape.shared_bytes);
+    if (error != cudaSuccess) return error;
+  }
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[0].val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
@@ -44,7 +61,7 @@ cudaError_t launch_dependent(void (*kernel)(Parameters...), const LaunchShape& s
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = driver_has_dependent_launches() ? 2 : 1;
-  return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+  return cudaLaunchKernelEx(&config, kKernel, arguments...);
 }
 
 // What all threads of such a kernel call before they touch memory that others write: from then on,

@@ -5,11 +5,14 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
 pytest.importorskip("rich", reason="the benchmarks print with rich")
 from benchmarks import step, timeline
+from benchmarks.cases import make_case
+from benchmarks.operands import make_operands
 from jax_flashmla import native
 
 
@@ -69,6 +72,20 @@ class TimelineTest(parameterized.TestCase):
 
 
 class StepTest(absltest.TestCase):
+    def test_donating_writes_to_the_same_buffers(self):
+        operands = make_operands(make_case(2, 1, 16, 128))
+        queries = [operands[0], 2 * operands[0]]
+        with mock.patch.object(native, "why_no_kernel", lambda operation: None):
+            run = step.donating(queries, *operands[1:])
+            want = jax.jit(step.decode_layers)(queries, *operands[1:])
+            first = run()
+        places = {x.unsafe_buffer_pointer() for x in first}
+        second = run()
+        self.assertEqual({x.unsafe_buffer_pointer() for x in second}, places)
+        self.assertTrue(all(x.is_deleted() for x in first))
+        for got, expected in zip(second, want, strict=True):
+            np.testing.assert_array_equal(got, expected)
+
     def test_a_row_with_made_up_times_of_the_kernels(self):
         def time_kernels(operands, metadata, what, launches):
             self.assertEqual((what, launches), ("decode", 3))
@@ -81,7 +98,7 @@ class StepTest(absltest.TestCase):
             mock.patch.object(step, "time_kernels", time_kernels),
         ):
             row = step.measure(2, 16, 128)
-        for key in ("layer_us", "few_layers_us", "replanned_us"):
+        for key in ("layer_us", "few_layers_us", "new_outputs_us", "replanned_us"):
             self.assertLen(row[key]["samples"], 2)
         self.assertEqual(row["kernel_us"]["median"], 5)
         self.assertEqual(row["added_us"], round(row["layer_us"]["median"] - 5, 2))
