@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "cuda/plan.h"
+
 namespace jax_flashmla {
 
 inline constexpr int kHeadDim = 576;                // columns of a key
@@ -28,7 +30,8 @@ struct DecodeParams {
   const void* q_rope;  // [groups, batch, s_q, h_q, q_rope_stride]: its first 64 columns
   int q_nope_stride;
   int q_rope_stride;
-  const void* k_cache;                     // [groups, num_blocks, 64, h_kv, 576]
+  const void*
+      k_cache;  // [groups, num_blocks, page_tokens, h_kv, key_stride]: the first 576 columns
   const int32_t* block_table;              // [groups, batch, max_blocks]
   const int32_t* cache_seqlens;            // [groups, batch]
   const int32_t* tile_scheduler_metadata;  // [groups, num_parts, 8]
@@ -43,12 +46,21 @@ struct DecodeParams {
   int h_q;
   int h_kv;
   int num_blocks;
+  int page_tokens;  // a power of two from 16 on
+  int key_stride;   // 576 at least, a multiple of 8
   int max_blocks;
   int num_parts;
   int slots;  // batch + num_parts - 1 at least
   float softmax_scale;
   bool causal;
 
+  // The plan's blocks, of 64 tokens, and pages: one of them holds one or more of the other.
+  __host__ __device__ int pages_of_block() const {
+    return page_tokens < kBlockTokens ? kBlockTokens / page_tokens : 1;
+  }
+  __host__ __device__ int blocks_of_page() const {
+    return page_tokens < kBlockTokens ? 1 : page_tokens / kBlockTokens;
+  }
   __host__ __device__ int heads_per_kv() const { return h_q / h_kv; }
   __host__ __device__ int num_rows() const { return s_q * heads_per_kv(); }
   __host__ __device__ int row_tiles() const { return (num_rows() + kRowTile - 1) / kRowTile; }

@@ -10,28 +10,55 @@ namespace jax_flashmla {
 // the same keys.
 template <int kCtas>
 __device__ __forceinline__ void load_box(const CUtensorMap* map, FullBarrier& barrier, void* target,
-                                         int tile, int head, int page) {
+                                         int tile, int head, int page, int row) {
   constexpr auto kHint = static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_FIRST);
   auto* const full = reinterpret_cast<uint64_t*>(&barrier);
   if constexpr (kCtas == 1) {
-    SM90_TMA_LOAD_5D::copy(map, full, kHint, target, 0, 0, tile, head, page);
+    SM90_TMA_LOAD_5D::copy(map, full, kHint, target, 0, row, tile, head, page);
   } else {
-    SM90_TMA_LOAD_MULTICAST_5D::copy(map, full, (1 << kCtas) - 1, kHint, target, 0, 0, tile, head,
+    SM90_TMA_LOAD_MULTICAST_5D::copy(map, full, (1 << kCtas) - 1, kHint, target, 0, row, tile, head,
                                      page);
   }
 }
 
-// What the table has for a block of a sequence; for `check_page`, since it has not arrived when
-// this returns.
+// What the table has for a block of a sequence, or for the `piece`-th page of it; for `check_page`,
+// since it has not arrived when this returns.
 __device__ __forceinline__ int load_page(const KernelParams& p, const Work& work, int seq,
-                                         int block) {
-  if (seq >= p.batch || block >= p.max_blocks) return -1;
-  return p.block_table[work.first_entry + static_cast<int64_t>(seq) * p.max_blocks + block];
+                                         int block, int piece = 0) {
+  const int entry = (block >> p.page_shift) * p.pieces + piece;
+  if (seq >= p.batch || entry >= p.max_blocks) return -1;
+  return p.block_table[work.first_entry + static_cast<int64_t>(seq) * p.max_blocks + entry];
 }
 
 // As a page of all groups' pages; -1: a page that does not exist.
 __device__ __forceinline__ int check_page(const KernelParams& p, const Work& work, int page) {
   return page < 0 || page >= p.num_blocks ? -1 : work.group * p.num_blocks + page;
+}
+
+// Copies `kTiles` tiles of a block's keys, from `tile` on. `page` is what the table has for the
+// block: where pages are smaller, for its first page, and the others are looked up again for every
+// copy. They are then in the SM's cache.
+template <int kCtas, int kTiles, typename Element>
+__device__ __forceinline__ void load_key_tiles(const KernelParams& p, const TensorMaps& maps,
+                                               const Work& work, FullBarrier& barrier,
+                                               Element (*target)[kTileElements], int tile, int seq,
+                                               int block, int page) {
+  static_assert(kTiles == 1 || kTiles == kKeyBoxTiles);
+  if (p.pieces == 1) {
+    const int row = (block & ((1 << p.page_shift) - 1)) * kBlock;
+    load_box<kCtas>(kTiles == 1 ? &maps.key_tile : &maps.keys, barrier, target, tile, work.head,
+                    page, row);
+    return;
+  }
+#pragma unroll 1
+  for (int piece = 0; piece < p.pieces; ++piece) {
+    if (piece > 0) page = check_page(p, work, load_page(p, work, seq, block, piece));
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      load_box<kCtas>(&maps.key_tile, barrier, target[i] + piece * p.page_tokens * 64, tile + i,
+                      work.head, page, 0);
+    }
+  }
 }
 
 // Copies a box of the queries that begins with tile `tile` and row `row` of all.
@@ -49,7 +76,7 @@ __device__ __forceinline__ void load_query_box(const TensorMaps& maps, FullBarri
 }
 
 __device__ __forceinline__ void prefetch_maps(const TensorMaps& maps) {
-  for (const CUtensorMap* map : {&maps.keys, &maps.rope_keys, &maps.q_nope, &maps.q_rope}) {
+  for (const CUtensorMap* map : {&maps.keys, &maps.key_tile, &maps.q_nope, &maps.q_rope}) {
     cute::prefetch_tma_descriptor(reinterpret_cast<const TmaDescriptor*>(map));
   }
 }

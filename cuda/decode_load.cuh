@@ -54,7 +54,7 @@ __device__ __forceinline__ void load_keys(const KernelParams& p, const TensorMap
   const auto is_mine = [&](int number) { return kCtas == 1 || (number + work.tile) % kCtas == 0; };
   Ring<kHalfSlots> half;
   Ring<kRopeSlots> rope;
-  const auto load_half = [&](int first_tile, int page) {
+  const auto load_half = [&](int first_tile, int seq, int block, int page) {
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       FullBarrier& barrier = smem.half_full[half.slot][part];
@@ -64,8 +64,9 @@ __device__ __forceinline__ void load_keys(const KernelParams& p, const TensorMap
       smem.half_empty[half.slot][part].wait(half.parity ^ 1);
       barrier.arrive_and_expect_tx(kPartTiles * kTileBytes);
       if (!is_mine(part)) continue;
-      load_box<kCtas>(&maps.keys, barrier, smem.halves[half.slot][part * kPartTiles],
-                      first_tile + part * kPartTiles, work.head, page);
+      load_key_tiles<kCtas, kPartTiles>(p, maps, work, barrier,
+                                        &smem.halves[half.slot][part * kPartTiles],
+                                        first_tile + part * kPartTiles, seq, block, page);
     }
     half.advance();
   };
@@ -82,15 +83,16 @@ __device__ __forceinline__ void load_keys(const KernelParams& p, const TensorMap
       next = load_page(p, work, last ? seq + 1 : seq, last ? 0 : block + 1);
       // The first queries go before the second block: the copy engine takes its time for each.
       if (seq == work.begin_seq && block == item.first + 1) smem.q_full.wait(0);
-      load_half(0, page);
+      load_half(0, seq, block, page);
       smem.rope_empty[rope.slot].wait(rope.parity ^ 1);
       FullBarrier& barrier = smem.rope_full[rope.slot];
       barrier.arrive_and_expect_tx(kTileBytes);
       if (is_mine(block)) {
-        load_box<kCtas>(&maps.rope_keys, barrier, smem.rope[rope.slot], kRopeTile, work.head, page);
+        load_key_tiles<kCtas, 1>(p, maps, work, barrier, &smem.rope[rope.slot], kRopeTile, seq,
+                                 block, page);
       }
       rope.advance();
-      load_half(kHalfTiles, page);
+      load_half(kHalfTiles, seq, block, page);
     }
     if (item.blocks() == 0) next = load_page(p, work, seq + 1, 0);
   }

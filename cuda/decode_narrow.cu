@@ -67,15 +67,16 @@ __device__ __forceinline__ void load_keys(const KernelParams& p, const TensorMap
       next = load_page(p, work, last ? seq + 1 : seq, last ? 0 : block + 1);
       smem.rope_empty[rope.slot].wait(rope.parity ^ 1);
       smem.rope_full[rope.slot].arrive_and_expect_tx(kTileBytes);
-      load_box<1>(&maps.rope_keys, smem.rope_full[rope.slot], smem.rope[rope.slot], kRopeTile,
-                  work.head, page);
+      load_key_tiles<1, 1>(p, maps, work, smem.rope_full[rope.slot], &smem.rope[rope.slot],
+                           kRopeTile, seq, block, page);
       rope.advance();
 #pragma unroll 1
       for (int i = 0; i < kChunks; ++i, chunk.advance()) {
         smem.chunk_empty[chunk.slot].wait(chunk.parity ^ 1);
         smem.chunk_full[chunk.slot].arrive_and_expect_tx(kKeyBoxTiles * kTileBytes);
-        load_box<1>(&maps.keys, smem.chunk_full[chunk.slot], smem.chunks[chunk.slot],
-                    i * kKeyBoxTiles, work.head, page);
+        load_key_tiles<1, kKeyBoxTiles>(p, maps, work, smem.chunk_full[chunk.slot],
+                                        smem.chunks[chunk.slot], i * kKeyBoxTiles, seq, block,
+                                        page);
       }
     }
     if (item.blocks() == 0) next = load_page(p, work, seq + 1, 0);

@@ -178,7 +178,7 @@ __device__ __forceinline__ bool has_item(const Work& work, int seq) {
 __device__ __forceinline__ Item find_item(const KernelParams& p, const Work& work, int seq) {
   Item item;
   item.seq = seq;
-  item.length = min(max(p.cache_seqlens[work.first_seq + seq], 0), p.max_blocks * kBlock);
+  item.length = min(max(p.cache_seqlens[work.first_seq + seq], 0), p.max_blocks * p.page_tokens);
   const int blocks = (item.length + kBlock - 1) / kBlock;
   item.first = seq == work.begin_seq ? min(work.begin_block, blocks) : 0;
   item.last = seq == work.end_seq ? min(work.end_block, blocks) : blocks;

@@ -3,6 +3,8 @@
 
 #include <cutlass/fast_math.h>
 
+#include <bit>
+
 #include "cuda/decode.h"
 
 namespace jax_flashmla {
@@ -16,6 +18,8 @@ struct KernelParams : DecodeParams {
   cutlass::FastDivmod by_h_kv;
   cutlass::FastDivmod by_num_parts;
   cutlass::FastDivmod by_batch;
+  int page_shift;  // a page has two to so many blocks
+  int pieces;      // a block has so many pages
 
   KernelParams(const DecodeParams& p)
       : DecodeParams(p),
@@ -25,7 +29,9 @@ struct KernelParams : DecodeParams {
         by_row_tiles(p.row_tiles()),
         by_h_kv(p.h_kv),
         by_num_parts(p.num_parts),
-        by_batch(p.batch) {}
+        by_batch(p.batch),
+        page_shift(std::countr_zero(static_cast<unsigned>(p.blocks_of_page()))),
+        pieces(p.pages_of_block()) {}
 
   __device__ int heads_per_kv() const { return by_heads_per_kv.divisor; }
   __device__ int num_rows() const { return by_num_rows.divisor; }

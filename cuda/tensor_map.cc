@@ -33,12 +33,14 @@ cudaError_t make_map(DType dtype, const void* data, const cuuint64_t (&extents)[
 }
 
 cudaError_t make_key_map(const DecodeParams& p, cuuint32_t tiles, CUtensorMap* map) {
-  constexpr cuuint64_t kRowBytes = kHeadDim * 2;
+  const cuuint64_t row_bytes = static_cast<cuuint64_t>(p.key_stride) * 2;
+  const cuuint64_t page = p.page_tokens;
+  const cuuint32_t rows = p.page_tokens < kBlockTokens ? p.page_tokens : kBlockTokens;
   const cuuint64_t h_kv = p.h_kv;
   const cuuint64_t pages = static_cast<cuuint64_t>(p.groups) * p.num_blocks;
-  return make_map<5>(p.dtype, p.k_cache, {64, 64, kHeadDim / 64, h_kv, pages},
-                     {h_kv * kRowBytes, 128, kRowBytes, 64 * h_kv * kRowBytes},
-                     {64, 64, tiles, 1, 1}, map);
+  return make_map<5>(p.dtype, p.k_cache, {64, page, kHeadDim / 64, h_kv, pages},
+                     {h_kv * row_bytes, 128, row_bytes, page * h_kv * row_bytes},
+                     {64, rows, tiles, 1, 1}, map);
 }
 
 int query_box_rows(const DecodeParams& p) {
@@ -67,7 +69,7 @@ cudaError_t make_tensor_maps(const DecodeParams& p, TensorMaps* maps) {
   maps->q_box_rows = query_box_rows(p);
   maps->q_box_tiles = is_narrow(p) && maps->q_box_rows == kNarrowRows ? kNopeTiles : 1;
   cudaError_t error = make_key_map(p, kKeyBoxTiles, &maps->keys);
-  if (error == cudaSuccess) error = make_key_map(p, 1, &maps->rope_keys);
+  if (error == cudaSuccess) error = make_key_map(p, 1, &maps->key_tile);
   if (error == cudaSuccess) {
     error =
         make_query_map(p, p.q_nope, p.q_nope_stride, kNopeTiles, maps->q_box_tiles, &maps->q_nope);

@@ -13,9 +13,10 @@ inline constexpr int kKeyBoxTiles = 2;  // of the larger box of keys
 // All boxes are of tiles 64 columns wide, swizzled by 128 bytes.
 struct TensorMaps {
   // k_cache, coordinates (column of a tile, token of the page, tile, KV head, page of all groups'),
-  // boxes of 64 tokens and kKeyBoxTiles tiles, and of one tile. Other pages read as zeros.
+  // boxes of a block's tokens, or a page's if that is smaller, and kKeyBoxTiles tiles, or one.
+  // Other pages read as zeros.
   CUtensorMap keys;
-  CUtensorMap rope_keys;
+  CUtensorMap key_tile;
   // All query rows, coordinates (column of a tile, row, tile), boxes of q_box_rows rows: as many of
   // a row tile as are always neighbours in memory; in the narrow kernel all 16 where they are, with
   // rows of others behind them. q_box_tiles: how many tiles a box of q_nope has.

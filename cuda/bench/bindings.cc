@@ -74,7 +74,8 @@ std::vector<float> time_plan(HostLengths cache_seqlens, int num_parts, int overh
 std::vector<float> time_decode(const std::vector<uintptr_t>& operands, int batch, int s_q, int h_q,
                                int h_kv, int num_blocks, int max_blocks, int num_parts, int slots,
                                bool causal, const std::string& dtype, const std::string& what,
-                               int launches, int replays, int copies) {
+                               int launches, int replays, int copies, int page_tokens,
+                               int key_stride) {
   if (operands.size() != 10) throw std::invalid_argument("expected the addresses of 10 arrays");
   if (dtype != "bfloat16" && dtype != "float16") throw std::invalid_argument("dtype: " + dtype);
   const auto pointer = [&](int i) { return reinterpret_cast<void*>(operands[i]); };
@@ -100,6 +101,8 @@ std::vector<float> time_decode(const std::vector<uintptr_t>& operands, int batch
       .h_q = h_q,
       .h_kv = h_kv,
       .num_blocks = num_blocks,
+      .page_tokens = page_tokens,
+      .key_stride = key_stride,
       .max_blocks = max_blocks,
       .num_parts = num_parts,
       .slots = slots,
@@ -137,7 +140,7 @@ void bind_benchmarks(nb::module_& module) {
   module.def("time_decode", &time_decode, "operands"_a, nb::kw_only(), "batch"_a, "s_q"_a, "h_q"_a,
              "h_kv"_a, "num_blocks"_a, "max_blocks"_a, "num_parts"_a, "slots"_a, "causal"_a,
              "dtype"_a = "bfloat16", "what"_a, "launches"_a, "replays"_a, "copies"_a = 1,
-             nb::call_guard<nb::gil_scoped_release>(),
+             "page_tokens"_a = 64, "key_stride"_a = 576, nb::call_guard<nb::gil_scoped_release>(),
              "Microseconds per decode, one sample per replay of a CUDA graph.");
 }
 

@@ -34,10 +34,13 @@ __global__ void __launch_bounds__(32) load_floor_kernel(const __grid_constant__ 
       if (lane == 0) smem.full[slot.slot].arrive_and_expect_tx(kTiles * kTileBytes);
       __syncwarp();
       const int tile = lane * kKeyBoxTiles;
-      if (tile < kTiles) {
-        load_box<1>(tile == kRopeTile ? &maps.rope_keys : &maps.keys, smem.full[slot.slot],
-                    smem.k[slot.slot][tile], tile, work.head,
-                    check_page(p, work, load_page(p, work, seq, block)));
+      const int page = check_page(p, work, load_page(p, work, seq, block));
+      auto* const target = &smem.k[slot.slot][tile];
+      FullBarrier& full = smem.full[slot.slot];
+      if (tile < kRopeTile) {
+        load_key_tiles<1, kKeyBoxTiles>(p, maps, work, full, target, tile, seq, block, page);
+      } else if (tile == kRopeTile) {
+        load_key_tiles<1, 1>(p, maps, work, full, target, tile, seq, block, page);
       }
       slot.advance();
       ++loaded;

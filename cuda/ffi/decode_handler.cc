@@ -11,6 +11,8 @@ namespace {
 namespace ffi = xla::ffi;
 
 constexpr int64_t kLimit = 1 << 30;
+constexpr int64_t kLeastPage = 16;  // tokens
+constexpr int64_t kLargestPage = 1024;
 
 bool has_shape(const ffi::AnyBuffer& buffer, std::initializer_list<int64_t> expected) {
   const auto dimensions = buffer.dimensions();
@@ -47,13 +49,16 @@ ffi::Error decode(cudaStream_t stream, ffi::AnyBuffer q_nope, ffi::AnyBuffer q_r
   if (h_kv == 0 || s_q == 0 || h_q == 0 || h_q % h_kv != 0 || cache[1] == 0 || metadata[1] == 0) {
     return misfit("an extent is zero, or h_q no multiple of h_kv");
   }
+  const int64_t page = cache[2];
+  const bool page_fits = page >= kLeastPage && page <= kLargestPage && (page & (page - 1)) == 0;
   const bool whole = width == kHeadDim;
   const int64_t tiles = (s_q * (h_q / h_kv) + kPartialRows - 1) / kPartialRows;
   const bool shapes_fit =
       (whole ? has_shape(q_rope, {groups, batch, s_q, h_q, kHeadDim})
              : width == kLatentDim &&
                    has_shape(q_rope, {groups, batch, s_q, h_q, kHeadDim - kLatentDim})) &&
-      has_shape(k_cache, {groups, cache[1], kBlockTokens, h_kv, kHeadDim}) &&
+      has_shape(k_cache, {groups, cache[1], page, h_kv, cache[4]}) && page_fits &&
+      cache[4] >= kHeadDim && cache[4] % 8 == 0 &&
       has_shape(block_table, {groups, batch, table[2]}) &&
       has_shape(cache_seqlens, {groups, batch}) &&
       has_shape(tile_scheduler_metadata, {groups, metadata[1], kMetadataColumns}) &&
@@ -62,7 +67,7 @@ ffi::Error decode(cudaStream_t stream, ffi::AnyBuffer q_nope, ffi::AnyBuffer q_r
       has_shape(*lse, {groups, batch, h_q, s_q}) &&
       has_shape(*partial_out, {groups, slots, h_kv, tiles, kPartialRows * kLatentDim}) &&
       has_shape(*partial_lse, {groups, slots, h_kv, tiles, kPartialRows}) &&
-      slots >= batch + metadata[1] - 1 && table[2] < kLimit / kBlockTokens;
+      slots >= batch + metadata[1] - 1 && table[2] < kLimit / page;
   if (!shapes_fit) return misfit("shapes do not fit");
 
   const auto dtype = q_nope.element_type();
@@ -98,6 +103,8 @@ ffi::Error decode(cudaStream_t stream, ffi::AnyBuffer q_nope, ffi::AnyBuffer q_r
       .h_q = static_cast<int>(h_q),
       .h_kv = static_cast<int>(h_kv),
       .num_blocks = static_cast<int>(cache[1]),
+      .page_tokens = static_cast<int>(page),
+      .key_stride = static_cast<int>(cache[4]),
       .max_blocks = static_cast<int>(table[2]),
       .num_parts = static_cast<int>(metadata[1]),
       .slots = static_cast<int>(slots),
