@@ -39,6 +39,8 @@ def time_kernels(operands, metadata, what, launches):
         h_q=heads,
         h_kv=1,
         num_blocks=k_cache.shape[0],
+        page_tokens=k_cache.shape[1],
+        key_stride=k_cache.shape[-1],
         max_blocks=table.shape[1],
         num_parts=parts,
         slots=slots,
