@@ -52,6 +52,8 @@ struct DecodeParams {
   int num_parts;
   int slots;  // batch + num_parts - 1 at least
   float softmax_scale;
+  float logits_soft_cap;  // scores become cap tanh(score / cap); 0: they stay
+  int sliding_window;     // the last so many keys that a query may see; 0: all of them
   bool causal;
 
   // The plan's blocks, of 64 tokens, and pages: one of them holds one or more of the other.

@@ -70,11 +70,13 @@ __device__ __forceinline__ void load_keys(const KernelParams& p, const TensorMap
     }
     half.advance();
   };
-  // Each page is looked up before it is needed: the first before its sequence's length has come.
+  // Each page is looked up before it is needed: the first before its sequence's length has come,
+  // unless a window begins where only that tells.
   int next = load_page(p, work, work.begin_seq, work.begin_block);
 #pragma unroll 1
   for (int seq = work.begin_seq; has_item(work, seq); ++seq) {
     const Item item = find_item(p, work, seq);
+    if (p.sliding_window > 0) next = load_page(p, work, seq, item.first);
     if (item.blocks() > 0) half.advance();  // the queries
 #pragma unroll 1
     for (int block = item.first; block < item.last; ++block) {

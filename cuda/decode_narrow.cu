@@ -50,7 +50,7 @@ __device__ __forceinline__ void load_queries(const KernelParams& p, const Tensor
 }
 
 // In the order of their use. Each page is looked up before it is needed: the first before its
-// sequence's length has come.
+// sequence's length has come, unless a window begins where only that tells.
 template <typename Element>
 __device__ __forceinline__ void load_keys(const KernelParams& p, const TensorMaps& maps,
                                           NarrowMemory<Element>& smem, const Work& work) {
@@ -60,6 +60,7 @@ __device__ __forceinline__ void load_keys(const KernelParams& p, const TensorMap
 #pragma unroll 1
   for (int seq = work.begin_seq; has_item(work, seq); ++seq) {
     const Item item = find_item(p, work, seq);
+    if (p.sliding_window > 0) next = load_page(p, work, seq, item.first);
 #pragma unroll 1
     for (int block = item.first; block < item.last; ++block) {
       const bool last = block + 1 == item.last;

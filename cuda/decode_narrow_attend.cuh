@@ -56,14 +56,14 @@ __device__ __forceinline__ float4 compute_scores(NarrowMemory<Element>& smem,
   return add(add(sums[0], sums[1]), add(sums[2], sums[3]));
 }
 
-// Zeroes the keys past the end, which may be NaN: as values, 0 * NaN would reach the output. Each
-// warp in the tile that it multiplies.
+// Zeroes keys that no row sees, since they may be NaN: as values, 0 * NaN would reach the output.
+// Each warp in the tile that it multiplies.
 template <typename Element>
-__device__ __forceinline__ void clear_past_end(Element (&tile)[kTileElements], int valid,
-                                               int lane) {
+__device__ __forceinline__ void clear_keys(Element (&tile)[kTileElements], int begin, int end,
+                                           int lane) {
   uint4* vectors = reinterpret_cast<uint4*>(tile);
 #pragma unroll 1
-  for (int v = valid * 8 + lane; v < kBlock * 8; v += 32) vectors[v] = make_uint4(0, 0, 0, 0);
+  for (int v = begin * 8 + lane; v < end * 8; v += 32) vectors[v] = make_uint4(0, 0, 0, 0);
   __syncwarp();
 }
 
@@ -101,13 +101,10 @@ __device__ __forceinline__ void attend(const KernelParams& p, NarrowMemory<Eleme
   const auto add = [](float x, float y) { return x + y; };
   const Work& work = smem.work;
   const Quad quad(lane);
-  const float scale = p.softmax_scale * kLog2E;
-  int hidden[2] = {0, 0};  // keys at the end that a row may not see
+  const float scale = score_scale(p);
+  int hidden[2];
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int token = p.by_heads_per_kv.div(quad.row + 8 * i);
-    if (p.causal) hidden[i] = max(p.s_q - 1 - token, 0);
-  }
+  for (int i = 0; i < 2; ++i) hidden[i] = hidden_keys(p, p.by_heads_per_kv.div(quad.row + 8 * i));
   Ring<kChunkSlots> chunk;
   Ring<kRopeSlots> rope;
   uint32_t q_parity = 0;
@@ -149,14 +146,14 @@ __device__ __forceinline__ void attend(const KernelParams& p, NarrowMemory<Eleme
         raw = compute_scores<false>(smem, chunk, rope, warp, lane, q);
       }
       float scores[2][2] = {{raw.x, raw.y}, {raw.z, raw.w}};
-      const int left = item.length - block * kBlock;  // keys from this block on
-      const bool all_seen = left - (p.causal ? p.s_q - 1 : 0) >= kBlock;
+      const BlockView view(p, item, block);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          const bool seen = all_seen || warp * kWarpKeys + quad.column + j < left - hidden[i];
-          scores[i][j] = seen ? scores[i][j] * scale : -INFINITY;
+          const int key = warp * kWarpKeys + quad.column + j;
+          const bool seen = view.whole || view.seen(p, key, hidden[i]);
+          scores[i][j] = seen ? capped(p, scores[i][j]) * scale : -INFINITY;
         }
         const float top = reduce_quad(fmaxf(scores[i][0], scores[i][1]), larger);
         if (lane % 4 == 0) smem.maxima[quad.row + 8 * i][warp] = top;
@@ -182,7 +179,10 @@ __device__ __forceinline__ void attend(const KernelParams& p, NarrowMemory<Eleme
       auto mine = chunk;  // where the warp's tile of the values lies
       mine.advance(warp / kKeyBoxTiles);
       auto& values = smem.chunks[mine.slot][warp % kKeyBoxTiles];
-      if (left < kBlock) clear_past_end(values, left, lane);
+      if (!view.whole) {
+        if (view.unseen > 0) clear_keys(values, 0, view.unseen, lane);
+        if (view.left < kBlock) clear_keys(values, view.left, kBlock, lane);
+      }
       // The output is still zero before the first block.
       const bool rescale = factor[0] != 1 || factor[1] != 1;
       if (block > item.first && __any_sync(0xffffffffu, rescale)) scale_rows(out, factor);

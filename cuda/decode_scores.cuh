@@ -99,43 +99,44 @@ __device__ __forceinline__ void issue_right(SharedMemory<Element>& smem, Ring<kH
   warpgroup_commit_batch();
 }
 
-// Scales the scores to base 2 and masks those past what each row may see.
+// Scales the scores to base 2 and masks those that a row may not see.
 template <typename Scores>
 __device__ __forceinline__ void scale_and_mask(const KernelParams& p, const Work& work,
-                                               const Item& item, int block, const Rows& rows,
+                                               const BlockView& view, const Rows& rows,
                                                Scores& scores) {
-  const float scale = p.softmax_scale * kLog2E;
+  const float scale = score_scale(p);
+  if (p.logits_soft_cap > 0) {
+#pragma unroll
+    for (int i = 0; i < size(scores); ++i) scores(i) = capped(p, scores(i));
+  }
 #pragma unroll
   for (int i = 0; i < size(scores); ++i) scores(i) *= scale;
-  const int first_hidden = item.length - (p.causal ? p.s_q - 1 : 0);
-  if ((block + 1) * kBlock <= first_hidden) return;
+  if (view.whole) return;
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
     const int token = p.by_heads_per_kv.div(work.tile * kRowTile + rows.row(row));
-    const int visible = (p.causal ? item.length - p.s_q + 1 + token : item.length) - block * kBlock;
+    const int hidden = hidden_keys(p, token);
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
       const int key = i / 2 * 8 + rows.column + i % 2;
-      if (key >= min(visible, item.length - block * kBlock)) {
-        scores(i / 2 * 4 + row * 2 + i % 2) = -INFINITY;
-      }
+      if (!view.seen(p, key, hidden)) scores(i / 2 * 4 + row * 2 + i % 2) = -INFINITY;
     }
   }
 }
 
-// Zeroes the keys past the end, which may be NaN: as values, 0 * NaN would reach the output.
+// Zeroes keys that no row sees, since they may be NaN: as values, 0 * NaN would reach the output.
 // `next`: the position in the ring after the block's two halves.
 template <typename Element>
-__device__ __forceinline__ void clear_past_end(SharedMemory<Element>& smem,
-                                               const Ring<kHalfSlots>& next, int valid,
-                                               int thread) {
+__device__ __forceinline__ void clear_keys(SharedMemory<Element>& smem,
+                                           const Ring<kHalfSlots>& next, int begin, int end,
+                                           int thread) {
   constexpr int kVectors = kHalfTiles * 8;  // of 16 bytes in a row of a half
 #pragma unroll 1
   for (int back = 1; back <= 2; ++back) {
     const int slot = (next.slot + kHalfSlots - back) % kHalfSlots;
 #pragma unroll 1
-    for (int i = thread; i < (kBlock - valid) * kVectors; i += kWarpgroup) {
-      const int row = valid + i / kVectors;
+    for (int i = thread; i < (end - begin) * kVectors; i += kWarpgroup) {
+      const int row = begin + i / kVectors;
       const int vector = i % kVectors;
       // Swizzling permutes vectors inside a row of a tile: all of them are cleared.
       uint4* tile = reinterpret_cast<uint4*>(smem.halves[slot][vector / 8]);
@@ -246,12 +247,15 @@ __device__ __forceinline__ void run_scores(const KernelParams& p, SharedMemory<E
         const bool last = block + 1 == item.last;
         if (last) release<1>(smem.q_empty, lane);
 
-        scale_and_mask(p, work, item, block, rows, scores);
+        const BlockView view(p, item, block);
+        scale_and_mask(p, work, view, rows, scores);
         float factor[2];
         softmax(scores, stats, factor);
         store_weights(smem.rope[rope.slot], thread, scores);
-        const int valid = item.length - block * kBlock;
-        if (valid < kBlock) clear_past_end(smem, half, valid, thread);
+        if (!view.whole) {
+          if (view.unseen > 0) clear_keys(smem, half, 0, view.unseen, thread);
+          if (view.left < kBlock) clear_keys(smem, half, view.left, kBlock, thread);
+        }
         smem.factors_read[rope.slot].wait(rope.parity ^ 1);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {

@@ -175,14 +175,22 @@ __device__ __forceinline__ bool has_item(const Work& work, int seq) {
   return seq < work.end_seq || (seq == work.end_seq && work.end_block > 0);
 }
 
+// Keys at the end that a query token may not see.
+__device__ __forceinline__ int hidden_keys(const KernelParams& p, int token) {
+  return p.causal ? max(p.s_q - 1 - token, 0) : 0;
+}
+
 __device__ __forceinline__ Item find_item(const KernelParams& p, const Work& work, int seq) {
   Item item;
   item.seq = seq;
   item.length = min(max(p.cache_seqlens[work.first_seq + seq], 0), p.max_blocks * p.page_tokens);
-  const int blocks = (item.length + kBlock - 1) / kBlock;
+  // The plan counts from the first block that any query sees.
+  const int base = max(item.length - hidden_keys(p, 0) - p.window, 0) / kBlock;
+  const int blocks = (item.length + kBlock - 1) / kBlock - base;
   item.first = seq == work.begin_seq ? min(work.begin_block, blocks) : 0;
   item.last = seq == work.end_seq ? min(work.end_block, blocks) : blocks;
-  item.last = max(item.first, item.last);
+  item.last = max(item.first, item.last) + base;
+  item.first += base;
   const int32_t* splits = p.num_splits + work.first_seq + work.group + seq;
   const int split = seq == work.begin_seq ? work.begin_split : 0;
   const int slot = min(max(splits[0], 0) + split, p.slots - 1);

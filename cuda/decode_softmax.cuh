@@ -19,6 +19,34 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+// What scores are multiplied with, for base 2, and if they are capped, what `capped` multiplies
+// them with before it takes their hyperbolic tangent.
+__device__ __forceinline__ float score_scale(const KernelParams& p) {
+  return (p.logits_soft_cap > 0 ? p.logits_soft_cap : p.softmax_scale) * kLog2E;
+}
+__device__ __forceinline__ float capped(const KernelParams& p, float score) {
+  if (p.logits_soft_cap == 0) return score;
+  const float twice = score * (p.softmax_scale / p.logits_soft_cap * 2 * kLog2E);
+  return 1 - __fdividef(2.0f, 1 + exp2_approx(twice));
+}
+
+// What a block has that not all rows see, with keys counted from the block's first.
+struct BlockView {
+  int left;    // keys from here to the sequence's end
+  bool whole;  // all rows see all of it
+  int unseen;  // so many keys no row sees, since the window begins behind them
+
+  __device__ BlockView(const KernelParams& p, const Item& item, int block)
+      : left(item.length - block * kBlock),
+        whole(left - hidden_keys(p, 0) >= kBlock && left <= p.window),
+        unseen(left - hidden_keys(p, 0) - p.window) {}
+
+  // Whether a row sees a key that is there.
+  __device__ bool seen(const KernelParams& p, int key, int hidden) const {
+    return key < left - hidden && key >= left - hidden - p.window;
+  }
+};
+
 // Where the log-sum-exp of a row goes: natural in a result, base 2 in a partial one.
 __device__ __forceinline__ float* lse_target(const KernelParams& p, const Work& work,
                                              const Item& item, int row) {

@@ -20,6 +20,7 @@ struct KernelParams : DecodeParams {
   cutlass::FastDivmod by_batch;
   int page_shift;  // a page has two to so many blocks
   int pieces;      // a block has so many pages
+  int window;      // the sliding window, or more keys than there are
 
   KernelParams(const DecodeParams& p)
       : DecodeParams(p),
@@ -31,7 +32,8 @@ struct KernelParams : DecodeParams {
         by_num_parts(p.num_parts),
         by_batch(p.batch),
         page_shift(std::countr_zero(static_cast<unsigned>(p.blocks_of_page()))),
-        pieces(p.pages_of_block()) {}
+        pieces(p.pages_of_block()),
+        window(p.sliding_window > 0 ? p.sliding_window : 1 << 30) {}
 
   __device__ int heads_per_kv() const { return by_heads_per_kv.divisor; }
   __device__ int num_rows() const { return by_num_rows.divisor; }

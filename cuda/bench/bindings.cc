@@ -107,6 +107,8 @@ std::vector<float> time_decode(const std::vector<uintptr_t>& operands, int batch
       .num_parts = num_parts,
       .slots = slots,
       .softmax_scale = 1.0f / 24,
+      .logits_soft_cap = 0,
+      .sliding_window = 0,
       .causal = causal,
   };
   std::vector<float> microseconds;

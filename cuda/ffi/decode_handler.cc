@@ -24,8 +24,9 @@ bool has_shape(const ffi::AnyBuffer& buffer, std::initializer_list<int64_t> expe
 ffi::Error decode(cudaStream_t stream, ffi::AnyBuffer q_nope, ffi::AnyBuffer q_rope,
                   ffi::AnyBuffer k_cache, ffi::AnyBuffer block_table, ffi::AnyBuffer cache_seqlens,
                   ffi::AnyBuffer tile_scheduler_metadata, ffi::AnyBuffer num_splits,
-                  float softmax_scale, bool causal, ffi::Result<ffi::AnyBuffer> out,
-                  ffi::Result<ffi::AnyBuffer> lse, ffi::Result<ffi::AnyBuffer> partial_out,
+                  float softmax_scale, float logits_soft_cap, int32_t sliding_window, bool causal,
+                  ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> lse,
+                  ffi::Result<ffi::AnyBuffer> partial_out,
                   ffi::Result<ffi::AnyBuffer> partial_lse) {
   const auto misfit = [](const char* what) {
     return ffi::Error::InvalidArgument(std::string("jax_flashmla_decode: ") + what);
@@ -69,6 +70,7 @@ ffi::Error decode(cudaStream_t stream, ffi::AnyBuffer q_nope, ffi::AnyBuffer q_r
       has_shape(*partial_lse, {groups, slots, h_kv, tiles, kPartialRows}) &&
       slots >= batch + metadata[1] - 1 && table[2] < kLimit / page;
   if (!shapes_fit) return misfit("shapes do not fit");
+  if (logits_soft_cap < 0 || sliding_window < 0) return misfit("a cap or window is negative");
 
   const auto dtype = q_nope.element_type();
   const bool types_fit =
@@ -109,6 +111,8 @@ ffi::Error decode(cudaStream_t stream, ffi::AnyBuffer q_nope, ffi::AnyBuffer q_r
       .num_parts = static_cast<int>(metadata[1]),
       .slots = static_cast<int>(slots),
       .softmax_scale = softmax_scale,
+      .logits_soft_cap = logits_soft_cap,
+      .sliding_window = sliding_window,
       .causal = causal,
   };
   const cudaError_t error = launch_decode(params, stream);
@@ -130,6 +134,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_flashmla_decode, jax_flashmla::decode,
                                   .Arg<xla::ffi::AnyBuffer>()  // tile_scheduler_metadata
                                   .Arg<xla::ffi::AnyBuffer>()  // num_splits
                                   .Attr<float>("softmax_scale")
+                                  .Attr<float>("logits_soft_cap")
+                                  .Attr<int32_t>("sliding_window")
                                   .Attr<bool>("causal")
                                   .Ret<xla::ffi::AnyBuffer>()  // out
                                   .Ret<xla::ffi::AnyBuffer>()  // lse
