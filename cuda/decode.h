@@ -9,11 +9,12 @@
 
 namespace jax_flashmla {
 
-inline constexpr int kHeadDim = 576;                // columns of a key
-inline constexpr int kLatentDim = 512;              // the first of them are also the value
-inline constexpr int kRowTile = 64;                 // query rows of one CTA
-inline constexpr int kPartialRows = 16;             // partial results: tiles of so many rows
-inline constexpr int kPartialColumns = 8;           // and columns
+inline constexpr int kHeadDim = 576;       // columns of a key
+inline constexpr int kLatentDim = 512;     // the first of them are also the value
+inline constexpr int kRowTile = 64;        // query rows of one CTA
+inline constexpr int kPartialRows = 16;    // partial results: tiles of so many rows
+inline constexpr int kPartialColumns = 8;  // and columns
+inline constexpr float kLog2E = 1.4426950408889634f;
 inline constexpr float kLn2 = 0.6931471805599453f;  // natural logarithms from base 2
 
 enum class DType { kBFloat16, kFloat16 };

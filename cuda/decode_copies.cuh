@@ -21,11 +21,17 @@ __device__ __forceinline__ void load_box(const CUtensorMap* map, FullBarrier& ba
   }
 }
 
-// What the table has for a block of a sequence, or for the `piece`-th page of it; for `check_page`,
-// since it has not arrived when this returns.
+// What pages hold: blocks, or parts of one. Either is known where code is short for it.
+enum class Pages { kOfBlocks, kOfParts, kEither };
+
+// What the table has for a block of a sequence, or, where pages are small, for the `piece`-th page
+// of it; for `check_page`, since it has not arrived when this returns.
+template <Pages kPages>
 __device__ __forceinline__ int load_page(const KernelParams& p, const Work& work, int seq,
                                          int block, int piece = 0) {
-  const int entry = (block >> p.page_shift) * p.pieces + piece;
+  int entry = block;
+  if constexpr (kPages != Pages::kOfParts) entry >>= p.page_shift;
+  if constexpr (kPages != Pages::kOfBlocks) entry = entry * p.pieces + piece;
   if (seq >= p.batch || entry >= p.max_blocks) return -1;
   return p.block_table[work.first_entry + static_cast<int64_t>(seq) * p.max_blocks + entry];
 }
@@ -36,28 +42,38 @@ __device__ __forceinline__ int check_page(const KernelParams& p, const Work& wor
 }
 
 // Copies `kTiles` tiles of a block's keys, from `tile` on. `page` is what the table has for the
-// block: where pages are smaller, for its first page, and the others are looked up again for every
-// copy. They are then in the SM's cache.
-template <int kCtas, int kTiles, typename Element>
+// block: where pages are small, for the first page of it, and the others are looked up again for
+// every copy. They are then in the SM's cache.
+template <int kCtas, int kTiles, Pages kPages, typename Element>
 __device__ __forceinline__ void load_key_tiles(const KernelParams& p, const TensorMaps& maps,
                                                const Work& work, FullBarrier& barrier,
                                                Element (*target)[kTileElements], int tile, int seq,
                                                int block, int page) {
   static_assert(kTiles == 1 || kTiles == kKeyBoxTiles);
-  if (p.pieces == 1) {
+  const auto load_whole = [&] {
     const int row = (block & ((1 << p.page_shift) - 1)) * kBlock;
     load_box<kCtas>(kTiles == 1 ? &maps.key_tile : &maps.keys, barrier, target, tile, work.head,
                     page, row);
-    return;
-  }
+  };
+  const auto load_parts = [&] {
 #pragma unroll 1
-  for (int piece = 0; piece < p.pieces; ++piece) {
-    if (piece > 0) page = check_page(p, work, load_page(p, work, seq, block, piece));
+    for (int piece = 0; piece < p.pieces; ++piece) {
+      if (piece > 0) page = check_page(p, work, load_page<kPages>(p, work, seq, block, piece));
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      load_box<kCtas>(&maps.key_tile, barrier, target[i] + piece * p.page_tokens * 64, tile + i,
-                      work.head, page, 0);
+      for (int i = 0; i < kTiles; ++i) {
+        load_box<kCtas>(&maps.key_tile, barrier, target[i] + piece * p.page_tokens * 64, tile + i,
+                        work.head, page, 0);
+      }
     }
+  };
+  if constexpr (kPages == Pages::kOfBlocks) {
+    load_whole();
+  } else if constexpr (kPages == Pages::kOfParts) {
+    load_parts();
+  } else if (p.pieces == 1) {
+    load_whole();
+  } else {
+    load_parts();
   }
 }
 

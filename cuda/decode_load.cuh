@@ -64,25 +64,25 @@ __device__ __forceinline__ void load_keys(const KernelParams& p, const TensorMap
       smem.half_empty[half.slot][part].wait(half.parity ^ 1);
       barrier.arrive_and_expect_tx(kPartTiles * kTileBytes);
       if (!is_mine(part)) continue;
-      load_key_tiles<kCtas, kPartTiles>(p, maps, work, barrier,
-                                        &smem.halves[half.slot][part * kPartTiles],
-                                        first_tile + part * kPartTiles, seq, block, page);
+      load_key_tiles<kCtas, kPartTiles, Pages::kEither>(
+          p, maps, work, barrier, &smem.halves[half.slot][part * kPartTiles],
+          first_tile + part * kPartTiles, seq, block, page);
     }
     half.advance();
   };
   // Each page is looked up before it is needed: the first before its sequence's length has come,
   // unless a window begins where only that tells.
-  int next = load_page(p, work, work.begin_seq, work.begin_block);
+  int next = load_page<Pages::kEither>(p, work, work.begin_seq, work.begin_block);
 #pragma unroll 1
   for (int seq = work.begin_seq; has_item(work, seq); ++seq) {
     const Item item = find_item(p, work, seq);
-    if (p.sliding_window > 0) next = load_page(p, work, seq, item.first);
+    if (p.sliding_window > 0) next = load_page<Pages::kEither>(p, work, seq, item.first);
     if (item.blocks() > 0) half.advance();  // the queries
 #pragma unroll 1
     for (int block = item.first; block < item.last; ++block) {
       const bool last = block + 1 == item.last;
       const int page = check_page(p, work, next);
-      next = load_page(p, work, last ? seq + 1 : seq, last ? 0 : block + 1);
+      next = load_page<Pages::kEither>(p, work, last ? seq + 1 : seq, last ? 0 : block + 1);
       // The first queries go before the second block: the copy engine takes its time for each.
       if (seq == work.begin_seq && block == item.first + 1) smem.q_full.wait(0);
       load_half(0, seq, block, page);
@@ -90,13 +90,13 @@ __device__ __forceinline__ void load_keys(const KernelParams& p, const TensorMap
       FullBarrier& barrier = smem.rope_full[rope.slot];
       barrier.arrive_and_expect_tx(kTileBytes);
       if (is_mine(block)) {
-        load_key_tiles<kCtas, 1>(p, maps, work, barrier, &smem.rope[rope.slot], kRopeTile, seq,
-                                 block, page);
+        load_key_tiles<kCtas, 1, Pages::kEither>(p, maps, work, barrier, &smem.rope[rope.slot],
+                                                 kRopeTile, seq, block, page);
       }
       rope.advance();
       load_half(kHalfTiles, seq, block, page);
     }
-    if (item.blocks() == 0) next = load_page(p, work, seq + 1, 0);
+    if (item.blocks() == 0) next = load_page<Pages::kEither>(p, work, seq + 1, 0);
   }
 }
 

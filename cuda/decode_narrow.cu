@@ -51,36 +51,36 @@ __device__ __forceinline__ void load_queries(const KernelParams& p, const Tensor
 
 // In the order of their use. Each page is looked up before it is needed: the first before its
 // sequence's length has come, unless a window begins where only that tells.
-template <typename Element>
+template <Pages kPages, typename Element>
 __device__ __forceinline__ void load_keys(const KernelParams& p, const TensorMaps& maps,
                                           NarrowMemory<Element>& smem, const Work& work) {
   Ring<kChunkSlots> chunk;
   Ring<kRopeSlots> rope;
-  int next = load_page(p, work, work.begin_seq, work.begin_block);
+  int next = load_page<kPages>(p, work, work.begin_seq, work.begin_block);
 #pragma unroll 1
   for (int seq = work.begin_seq; has_item(work, seq); ++seq) {
     const Item item = find_item(p, work, seq);
-    if (p.sliding_window > 0) next = load_page(p, work, seq, item.first);
+    if (p.sliding_window > 0) next = load_page<kPages>(p, work, seq, item.first);
 #pragma unroll 1
     for (int block = item.first; block < item.last; ++block) {
       const bool last = block + 1 == item.last;
       const int page = check_page(p, work, next);
-      next = load_page(p, work, last ? seq + 1 : seq, last ? 0 : block + 1);
+      next = load_page<kPages>(p, work, last ? seq + 1 : seq, last ? 0 : block + 1);
       smem.rope_empty[rope.slot].wait(rope.parity ^ 1);
       smem.rope_full[rope.slot].arrive_and_expect_tx(kTileBytes);
-      load_key_tiles<1, 1>(p, maps, work, smem.rope_full[rope.slot], &smem.rope[rope.slot],
-                           kRopeTile, seq, block, page);
+      load_key_tiles<1, 1, kPages>(p, maps, work, smem.rope_full[rope.slot], &smem.rope[rope.slot],
+                                   kRopeTile, seq, block, page);
       rope.advance();
 #pragma unroll 1
       for (int i = 0; i < kChunks; ++i, chunk.advance()) {
         smem.chunk_empty[chunk.slot].wait(chunk.parity ^ 1);
         smem.chunk_full[chunk.slot].arrive_and_expect_tx(kKeyBoxTiles * kTileBytes);
-        load_key_tiles<1, kKeyBoxTiles>(p, maps, work, smem.chunk_full[chunk.slot],
-                                        smem.chunks[chunk.slot], i * kKeyBoxTiles, seq, block,
-                                        page);
+        load_key_tiles<1, kKeyBoxTiles, kPages>(p, maps, work, smem.chunk_full[chunk.slot],
+                                                smem.chunks[chunk.slot], i * kKeyBoxTiles, seq,
+                                                block, page);
       }
     }
-    if (item.blocks() == 0) next = load_page(p, work, seq + 1, 0);
+    if (item.blocks() == 0) next = load_page<kPages>(p, work, seq + 1, 0);
   }
 }
 
@@ -118,7 +118,14 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
     const Work found = find_work(p, zero_of_lane());
     cutlass::arch::NamedBarrier::arrive(kNarrowThreads, kReady);
     const Work work = check_plan(p, found);
-    if (threadIdx.x == kKeyThread) load_keys(p, maps, smem, work);
+    if (threadIdx.x == kKeyThread) {
+      // Two copies of the code: what is not run between two instructions still costs time to fetch.
+      if (p.pieces == 1) {
+        load_keys<Pages::kOfBlocks>(p, maps, smem, work);
+      } else {
+        load_keys<Pages::kOfParts>(p, maps, smem, work);
+      }
+    }
     if (threadIdx.x == kQueryThread) load_queries(p, maps, smem, work);
   }
   __syncthreads();  // barriers of part of the CTA want all of it to be there

@@ -101,7 +101,6 @@ __device__ __forceinline__ void attend(const KernelParams& p, NarrowMemory<Eleme
   const auto add = [](float x, float y) { return x + y; };
   const Work& work = smem.work;
   const Quad quad(lane);
-  const float scale = score_scale(p);
   int hidden[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) hidden[i] = hidden_keys(p, p.by_heads_per_kv.div(quad.row + 8 * i));
@@ -145,6 +144,8 @@ __device__ __forceinline__ void attend(const KernelParams& p, NarrowMemory<Eleme
       } else {
         raw = compute_scores<false>(smem, chunk, rope, warp, lane, q);
       }
+      if (__builtin_expect(p.cap_scale != 0, 0))
+        raw = {capped(p, raw.x), capped(p, raw.y), capped(p, raw.z), capped(p, raw.w)};
       float scores[2][2] = {{raw.x, raw.y}, {raw.z, raw.w}};
       const BlockView view(p, item, block);
 #pragma unroll
@@ -153,7 +154,7 @@ __device__ __forceinline__ void attend(const KernelParams& p, NarrowMemory<Eleme
         for (int j = 0; j < 2; ++j) {
           const int key = warp * kWarpKeys + quad.column + j;
           const bool seen = view.whole || view.seen(p, key, hidden[i]);
-          scores[i][j] = seen ? capped(p, scores[i][j]) * scale : -INFINITY;
+          scores[i][j] = seen ? scores[i][j] * p.score_scale : -INFINITY;
         }
         const float top = reduce_quad(fmaxf(scores[i][0], scores[i][1]), larger);
         if (lane % 4 == 0) smem.maxima[quad.row + 8 * i][warp] = top;

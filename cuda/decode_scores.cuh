@@ -104,13 +104,12 @@ template <typename Scores>
 __device__ __forceinline__ void scale_and_mask(const KernelParams& p, const Work& work,
                                                const BlockView& view, const Rows& rows,
                                                Scores& scores) {
-  const float scale = score_scale(p);
-  if (p.logits_soft_cap > 0) {
+  if (p.cap_scale != 0) {
 #pragma unroll
     for (int i = 0; i < size(scores); ++i) scores(i) = capped(p, scores(i));
   }
 #pragma unroll
-  for (int i = 0; i < size(scores); ++i) scores(i) *= scale;
+  for (int i = 0; i < size(scores); ++i) scores(i) *= p.score_scale;
   if (view.whole) return;
 #pragma unroll
   for (int row = 0; row < 2; ++row) {

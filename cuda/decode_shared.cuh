@@ -177,7 +177,7 @@ __device__ __forceinline__ bool has_item(const Work& work, int seq) {
 
 // Keys at the end that a query token may not see.
 __device__ __forceinline__ int hidden_keys(const KernelParams& p, int token) {
-  return p.causal ? max(p.s_q - 1 - token, 0) : 0;
+  return max(p.most_hidden - token, 0);
 }
 
 __device__ __forceinline__ Item find_item(const KernelParams& p, const Work& work, int seq) {
@@ -185,7 +185,7 @@ __device__ __forceinline__ Item find_item(const KernelParams& p, const Work& wor
   item.seq = seq;
   item.length = min(max(p.cache_seqlens[work.first_seq + seq], 0), p.max_blocks * p.page_tokens);
   // The plan counts from the first block that any query sees.
-  const int base = max(item.length - hidden_keys(p, 0) - p.window, 0) / kBlock;
+  const int base = max(item.length - p.most_hidden - p.window, 0) / kBlock;
   const int blocks = (item.length + kBlock - 1) / kBlock - base;
   item.first = seq == work.begin_seq ? min(work.begin_block, blocks) : 0;
   item.last = seq == work.end_seq ? min(work.end_block, blocks) : blocks;

@@ -7,7 +7,6 @@
 
 namespace jax_flashmla {
 
-inline constexpr float kLog2E = 1.4426950408889634f;
 // The maximum that weights are relative to may lag behind the true one by this much, base 2: the
 // output is then rarely rescaled, and weights stay below 2^8 (the idea is FlashAttention-4's).
 inline constexpr float kMaxLag = 8;
@@ -19,15 +18,9 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
-// What scores are multiplied with, for base 2, and if they are capped, what `capped` multiplies
-// them with before it takes their hyperbolic tangent.
-__device__ __forceinline__ float score_scale(const KernelParams& p) {
-  return (p.logits_soft_cap > 0 ? p.logits_soft_cap : p.softmax_scale) * kLog2E;
-}
-__device__ __forceinline__ float capped(const KernelParams& p, float score) {
-  if (p.logits_soft_cap == 0) return score;
-  const float twice = score * (p.softmax_scale / p.logits_soft_cap * 2 * kLog2E);
-  return 1 - __fdividef(2.0f, 1 + exp2_approx(twice));
+// The hyperbolic tangent of a product of a query and a key, scaled, that is to be capped.
+__device__ __forceinline__ float capped(const KernelParams& p, float product) {
+  return 1 - __fdividef(2.0f, 1 + exp2_approx(product * p.cap_scale));
 }
 
 // What a block has that not all rows see, with keys counted from the block's first.
@@ -38,8 +31,8 @@ struct BlockView {
 
   __device__ BlockView(const KernelParams& p, const Item& item, int block)
       : left(item.length - block * kBlock),
-        whole(left - hidden_keys(p, 0) >= kBlock && left <= p.window),
-        unseen(left - hidden_keys(p, 0) - p.window) {}
+        whole(left - p.most_hidden >= kBlock && left <= p.window),
+        unseen(left - p.most_hidden - p.window) {}
 
   // Whether a row sees a key that is there.
   __device__ bool seen(const KernelParams& p, int key, int hidden) const {

@@ -18,9 +18,14 @@ struct KernelParams : DecodeParams {
   cutlass::FastDivmod by_h_kv;
   cutlass::FastDivmod by_num_parts;
   cutlass::FastDivmod by_batch;
-  int page_shift;  // a page has two to so many blocks
-  int pieces;      // a block has so many pages
-  int window;      // the sliding window, or more keys than there are
+  int page_shift;   // a page has two to so many blocks, or
+  int pieces;       // a block has so many pages, small ones
+  int most_hidden;  // keys at the end that the first query token does not see
+  int window;       // the sliding window, or more keys than there are
+  // What products of queries and keys are multiplied with, for scores of base 2; with a cap, first
+  // for the exponent of its hyperbolic tangent (zero: no cap), and then the tangent.
+  float score_scale;
+  float cap_scale;
 
   KernelParams(const DecodeParams& p)
       : DecodeParams(p),
@@ -33,7 +38,10 @@ struct KernelParams : DecodeParams {
         by_batch(p.batch),
         page_shift(std::countr_zero(static_cast<unsigned>(p.blocks_of_page()))),
         pieces(p.pages_of_block()),
-        window(p.sliding_window > 0 ? p.sliding_window : 1 << 30) {}
+        most_hidden(p.causal ? p.s_q - 1 : 0),
+        window(p.sliding_window > 0 ? p.sliding_window : 1 << 30),
+        score_scale((p.logits_soft_cap > 0 ? p.logits_soft_cap : p.softmax_scale) * kLog2E),
+        cap_scale(p.logits_soft_cap > 0 ? p.softmax_scale / p.logits_soft_cap * 2 * kLog2E : 0) {}
 
   __device__ int heads_per_kv() const { return by_heads_per_kv.divisor; }
   __device__ int num_rows() const { return by_num_rows.divisor; }

@@ -13,6 +13,7 @@ LATENT_DIM = 512  # the columns of a cache row that are both key and value
 ROPE_DIM = 64  # the columns that are key only
 HEAD_DIM = LATENT_DIM + ROPE_DIM
 PAGE_BLOCK_SIZE = 64
+MOST_TOKENS = 2**30  # of a sequence: no table holds more
 
 
 def array(name: str, value) -> jax.Array:
@@ -37,6 +38,11 @@ def positive_int(name: str, value) -> int:
     if value < 1:
         raise ValueError(f"{name}: expected a positive integer, got {value}")
     return value
+
+
+def window(name: str, value) -> int:
+    """`value` as a number of keys; more than a table can hold are as good as any more."""
+    return min(positive_int(name, value), MOST_TOKENS)
 
 
 def static_int(name: str, value) -> int:

@@ -34,6 +34,8 @@ def flash_mla_with_kvcache(
     *,
     softmax_scale: float | None = None,
     causal: bool = False,
+    sliding_window: int | None = None,
+    logits_soft_cap: float | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends with absorbed queries to a paged latent cache (multi-head latent attention).
@@ -58,12 +60,16 @@ def flash_mla_with_kvcache(
       num_splits: `[*G, b + 1]` int32, from `get_mla_metadata`. Both `None`: plan inside the call.
       softmax_scale: default `576 ** -0.5`.
       causal: query `i` of `s_q` sees the keys up to `cache_seqlens - s_q + i`.
+      sliding_window: of the keys that a query may see, it sees the last so many. Pages that no
+        query sees are not read. Plan with the same: `get_mla_metadata(.., sliding_window=..)`.
+      logits_soft_cap: scaled scores `s` become `cap * tanh(s / cap)`, as in Gemma 2 (arXiv
+        2408.00118).
       implementation: `"cuda"`, `"xla"`, or `None` for the faster one that runs here.
 
     Returns:
       out `[*G, b, s_q, h_q, 512]` in q's dtype, and lse `[*G, b, h_q, s_q]` float32, the natural
-      logarithm of the sum of `exp(softmax_scale * q @ k)`. A query that sees no key gives `out` 0
-      and `lse` -inf (FlashMLA: +inf).
+      logarithm of the sum of `exp(softmax_scale * q @ k)` (or of capped scores). A query that sees
+      no key gives `out` 0 and `lse` -inf (FlashMLA: +inf).
 
     Raises:
       TypeError, ValueError: an argument has the wrong type, dtype, rank, shape or value.
@@ -107,10 +113,18 @@ def flash_mla_with_kvcache(
     metadata = _check_metadata(tile_scheduler_metadata, num_splits, groups, batch)
     if softmax_scale is None:
         softmax_scale = HEAD_DIM**-0.5
+    if sliding_window is not None:
+        sliding_window = arguments.window("sliding_window", sliding_window)
+    if logits_soft_cap is not None:
+        logits_soft_cap = arguments.static_finite_float("logits_soft_cap", logits_soft_cap)
+        if logits_soft_cap <= 0:
+            raise ValueError(f"logits_soft_cap: expected a positive number, got {logits_soft_cap}")
     native.check_implementation("decode", implementation)
     config = DecodeConfig(
         softmax_scale=arguments.static_finite_float("softmax_scale", softmax_scale),
         causal=arguments.static_bool("causal", causal) and s_q > 1,
+        sliding_window=sliding_window,
+        logits_soft_cap=logits_soft_cap,
         split_q=split_q,
         planned=bool(metadata),
         implementation=implementation,
@@ -166,6 +180,8 @@ class DecodeConfig:
 
     softmax_scale: float
     causal: bool
+    sliding_window: int | None
+    logits_soft_cap: float | None
     split_q: bool  # q is the pair (q_nope, q_rope)
     planned: bool  # the metadata are the last two operands
     implementation: str | None
@@ -299,6 +315,8 @@ def _decode_local_xla(*operands, config, walk):
         *(_merge_leading_axes(x) for x in (q, k_cache, block_table, cache_seqlens)),
         softmax_scale=config.softmax_scale,
         causal=config.causal,
+        sliding_window=config.sliding_window,
+        logits_soft_cap=config.logits_soft_cap,
         walk=walk,
     )
     return out.reshape(groups, batch, *out.shape[1:]), lse.reshape(groups, batch, *lse.shape[1:])
@@ -332,7 +350,8 @@ def _decode_local_cuda(*operands, config):
     h_kv = k_cache.shape[3]
     rows = s_q * h_q // h_kv
     if not metadata:
-        metadata = get_mla_metadata(cache_seqlens, rows, h_kv)
+        window = config.sliding_window
+        metadata = get_mla_metadata(cache_seqlens, rows, h_kv, sliding_window=window)
     slots = batch + metadata[0].shape[1]  # of partial results; one more than a plan can use
     call = jax.ffi.ffi_call(
         native.FFI_TARGETS["decode"],
@@ -349,6 +368,8 @@ def _decode_local_cuda(*operands, config):
         cache_seqlens,
         *metadata,
         softmax_scale=np.float32(config.softmax_scale),
+        logits_soft_cap=np.float32(config.logits_soft_cap or 0),
+        sliding_window=np.int32(config.sliding_window or 0),
         causal=config.causal,
     )
     return out, lse

@@ -36,7 +36,18 @@ CPU_WALK = Walk(tokens_per_step=2048, steps_per_table=64, compute_dtype=jnp.floa
 START_MAX = float(jnp.finfo(jnp.float32).min)
 
 
-def decode_xla(q, k_cache, block_table, cache_seqlens, *, softmax_scale, causal, walk):
+def decode_xla(
+    q,
+    k_cache,
+    block_table,
+    cache_seqlens,
+    *,
+    softmax_scale,
+    causal,
+    sliding_window,
+    logits_soft_cap,
+    walk,
+):
     """Decodes a batch from one pool.
 
     Args:
@@ -46,6 +57,8 @@ def decode_xla(q, k_cache, block_table, cache_seqlens, *, softmax_scale, causal,
       cache_seqlens: `[b]` int32.
       softmax_scale: float.
       causal: bool.
+      sliding_window: int or None.
+      logits_soft_cap: float or None.
       walk: how much to read at a time, and in which precision to multiply.
 
     Returns:
@@ -69,6 +82,8 @@ def decode_xla(q, k_cache, block_table, cache_seqlens, *, softmax_scale, causal,
     visible = lengths[:, None]  # [b, 1 or s_q]: keys that a query may see
     if causal:
         visible = visible - s_q + 1 + jnp.arange(s_q, dtype=jnp.int32)
+    # [b, 1 or s_q]: the first key that it may see.
+    start = jnp.maximum(visible - sliding_window, 0) if sliding_window else jnp.zeros_like(visible)
 
     pages_per_step = walk.tokens_per_step // (max(_extent(batch, 32), 1) * page)
     pages_per_step = max(1, min(pages_per_step, _extent(max_blocks, 256) // walk.steps_per_table))
@@ -85,7 +100,7 @@ def decode_xla(q, k_cache, block_table, cache_seqlens, *, softmax_scale, causal,
         )
         keys = _gather_pages(k_cache, page_ids, step)
         in_pool = jnp.repeat((page_ids >= 0) & (page_ids < num_blocks), page, axis=1)
-        readable = in_pool & (positions < lengths[:, None])
+        readable = in_pool & (positions < lengths[:, None]) & (positions >= start[:, :1])
         # Zeros, not only masked scores: 0 * NaN would let a poisoned tail into the output.
         keys = jnp.where(readable[..., None, None], keys, 0).astype(compute_dtype)
 
@@ -93,7 +108,10 @@ def decode_xla(q, k_cache, block_table, cache_seqlens, *, softmax_scale, causal,
             jnp.einsum("bghsd,btgd->bghst", part, columns, preferred_element_type=jnp.float32)
             for part, columns in zip(q, _split_columns(keys, q), strict=True)
         )
+        if logits_soft_cap is not None:
+            scores = logits_soft_cap * jnp.tanh(scores / logits_soft_cap)
         seen = positions < visible[..., None]  # [b, 1 or s_q, tokens]
+        seen &= positions >= start[..., None]
         scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
 
         new_max = jnp.maximum(row_max, scores.max(axis=-1))
@@ -113,12 +131,14 @@ def decode_xla(q, k_cache, block_table, cache_seqlens, *, softmax_scale, causal,
 
     longest = jnp.max(lengths, initial=0)
     steps = (longest + tokens - 1) // tokens
-    start = (
+    # Padding begins behind all others.
+    first_step = jnp.min(jnp.where(lengths > 0, start[:, 0], longest), initial=longest) // tokens
+    carry = (
         jnp.full(rows, START_MAX, jnp.float32),
         jnp.zeros(rows, jnp.float32),
         jnp.zeros((*rows, LATENT_DIM), jnp.float32),
     )
-    row_max, row_sum, out = lax.fori_loop(0, steps, attend_to_some_pages, start)
+    row_max, row_sum, out = lax.fori_loop(first_step, steps, attend_to_some_pages, carry)
 
     empty = row_sum == 0
     out = jnp.where(empty[..., None], 0, out / jnp.where(empty, 1, row_sum)[..., None])

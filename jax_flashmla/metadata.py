@@ -35,6 +35,7 @@ def get_mla_metadata(
     num_q_tokens_per_head_k: int,
     num_heads_k: int,
     *,
+    sliding_window: int | None = None,
     num_sms: int | None = None,
     implementation: str | None = None,
 ) -> MLAMetadata:
@@ -48,6 +49,7 @@ def get_mla_metadata(
       cache_seqlens: `[*G, b]` int32, valid tokens of each sequence.
       num_q_tokens_per_head_k: `s_q * h_q // h_kv`, query rows per KV head (static).
       num_heads_k: `h_kv` (static).
+      sliding_window: as the decode's (static).
       num_sms: streaming multiprocessors to plan for (static). Default: those of JAX's first CUDA
         device, or 132 (H100 SXM, H200) where there is none.
       implementation: `"cuda"` (one kernel launch), `"xla"`, or `None` for the faster one that runs
@@ -73,6 +75,8 @@ def get_mla_metadata(
         raise ValueError("cache_seqlens: expected shape [*G, b], got a scalar")
     rows = arguments.positive_int("num_q_tokens_per_head_k", num_q_tokens_per_head_k)
     heads = arguments.positive_int("num_heads_k", num_heads_k)
+    if sliding_window is not None:
+        cache_seqlens = _seen(cache_seqlens, arguments.window("sliding_window", sliding_window))
     native.check_implementation("plan", implementation)
     if num_sms is None:
         devices = native.gpus()
@@ -83,6 +87,15 @@ def get_mla_metadata(
     parts = planner.num_sm_parts(rows, heads, sms)
     config = PlanConfig(parts, planner.min_split_blocks(rows), implementation)
     return MLAMetadata(*plan_p.bind(cache_seqlens, config=config, devices=needs_devices()))
+
+
+def _seen(cache_seqlens, window):
+    """Tokens from the block on with which a window of so many begins: the decode counts from it.
+
+    With several causal query tokens it may be a block more, which a plan need not know.
+    """
+    beyond = jnp.maximum(cache_seqlens - window, 0)
+    return cache_seqlens - beyond // planner.BLOCK_TOKENS * planner.BLOCK_TOKENS
 
 
 @dataclasses.dataclass(frozen=True)

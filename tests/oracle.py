@@ -4,7 +4,15 @@ import numpy as np
 
 
 def decode(
-    q, k_cache, block_table, cache_seqlens, softmax_scale=576**-0.5, causal=False, rounded_to=None
+    q,
+    k_cache,
+    block_table,
+    cache_seqlens,
+    softmax_scale=576**-0.5,
+    causal=False,
+    rounded_to=None,
+    sliding_window=None,
+    logits_soft_cap=None,
 ):
     """Returns out [b, s_q, h_q, 512] and lse [b, h_q, s_q], float64.
 
@@ -36,8 +44,10 @@ def decode(
                 continue
             for head in range(h_kv):
                 rows = slice(head * heads_per_kv, (head + 1) * heads_per_kv)
-                seen = keys[:visible, head]
+                seen = keys[max(0, visible - (sliding_window or visible)) : visible, head]
                 scores = softmax_scale * (q[i, token, rows].astype(np.float64) @ seen.T)
+                if logits_soft_cap is not None:
+                    scores = logits_soft_cap * np.tanh(scores / logits_soft_cap)
                 top = scores.max(axis=1, keepdims=True)
                 weights = np.exp(scores - top)
                 total = weights.sum(axis=1, keepdims=True)

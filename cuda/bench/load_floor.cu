@@ -34,13 +34,14 @@ __global__ void __launch_bounds__(32) load_floor_kernel(const __grid_constant__ 
       if (lane == 0) smem.full[slot.slot].arrive_and_expect_tx(kTiles * kTileBytes);
       __syncwarp();
       const int tile = lane * kKeyBoxTiles;
-      const int page = check_page(p, work, load_page(p, work, seq, block));
+      const int page = check_page(p, work, load_page<Pages::kOfBlocks>(p, work, seq, block));
       auto* const target = &smem.k[slot.slot][tile];
       FullBarrier& full = smem.full[slot.slot];
       if (tile < kRopeTile) {
-        load_key_tiles<1, kKeyBoxTiles>(p, maps, work, full, target, tile, seq, block, page);
+        load_key_tiles<1, kKeyBoxTiles, Pages::kOfBlocks>(p, maps, work, full, target, tile, seq,
+                                                          block, page);
       } else if (tile == kRopeTile) {
-        load_key_tiles<1, 1>(p, maps, work, full, target, tile, seq, block, page);
+        load_key_tiles<1, 1, Pages::kOfBlocks>(p, maps, work, full, target, tile, seq, block, page);
       }
       slot.advance();
       ++loaded;
@@ -57,7 +58,7 @@ __global__ void __launch_bounds__(32) load_floor_kernel(const __grid_constant__ 
 }  // namespace
 
 cudaError_t launch_load_floor(const DecodeParams& p, cudaStream_t stream) {
-  if (p.row_tiles() != 1) return cudaErrorInvalidValue;
+  if (p.row_tiles() != 1 || p.pages_of_block() > 1) return cudaErrorInvalidValue;
   TensorMaps maps;
   cudaError_t error = make_tensor_maps(p, &maps);
   if (error != cudaSuccess) return error;
