@@ -2,10 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jax_flashmla import arguments, partition
-from jax_flashmla.arguments import HEAD_DIM, PAGE_BLOCK_SIZE
+from jax_flashmla.arguments import HEAD_DIM
+from jax_flashmla.cache_layout import check_cache, find_rows
 from jax_flashmla.primitive import define_primitive, lower_on_mesh, needs_devices, result_aval
 
 
@@ -28,8 +28,9 @@ def append_kv_cache(
     `*G` stands for any number of leading group axes, the same on all operands.
 
     Args:
-      k_cache: `[*G, num_blocks, 64, h_kv, 576]` bfloat16 or float16. Donate it to `jax.jit`, and
-        the rows are written in place.
+      k_cache: `[*G, num_blocks, page_block_size, h_kv, width]` bfloat16 or float16, with pages and
+        rows as `flash_mla_with_kvcache` takes them; columns past the 576th stay as they are. Donate
+        it to `jax.jit`, and the rows are written in place.
       new_kv: `[*G, b, s_q, h_kv, 576]`, dtype of `k_cache`.
       block_table: `[*G, b, max_blocks]` int32, the page ids of each sequence, in order.
       cache_seqlens: `[*G, b]` int32, the valid tokens of each sequence, the new ones included.
@@ -54,8 +55,7 @@ def append_kv_cache(
     if k_cache.dtype not in arguments.QUERY_DTYPES:
         raise TypeError(f"k_cache: expected dtype bfloat16 or float16, got {k_cache.dtype}")
     groups = k_cache.shape[:-4] if k_cache.ndim >= 4 else ("*G",)
-    expected = (*groups, "num_blocks", PAGE_BLOCK_SIZE, "h_kv", HEAD_DIM)
-    arguments.shape("k_cache", k_cache, expected)
+    check_cache(k_cache, groups)
     h_kv = k_cache.shape[-2]
     new_kv = arguments.array("new_kv", new_kv)
     if new_kv.dtype != k_cache.dtype:
@@ -78,23 +78,8 @@ def _append(k_cache, new_kv, block_table, cache_seqlens):
     # What is skipped goes to pages past the pool, a different one each: XLA may then assume that no
     # two rows have the same target, and write them all at once.
     past = k_cache.shape[-4] + jnp.arange(batch * s_q, dtype=jnp.int32).reshape(batch, s_q)
-    index = (*group, jnp.where(inside, page, past), row)
+    index = (*group, jnp.where(inside, page, past), row, slice(None), slice(HEAD_DIM))
     return (k_cache.at[index].set(new_kv, mode="drop", unique_indices=True),)
-
-
-def find_rows(k_cache, block_table, position):
-    """Where in the pool tokens lie: `position [*G, b, t]` in their sequences.
-
-    Returns the index arrays of the group axes, the page and its row, and whether there is such a
-    token: inside the table, on a page of the pool. Where there is none, the page may be anything.
-    """
-    *groups, num_blocks, _, _, _ = k_cache.shape
-    inside = (position >= 0) & (position < block_table.shape[-1] * PAGE_BLOCK_SIZE)
-    column = jnp.where(inside, position // PAGE_BLOCK_SIZE, 0)
-    page = jnp.take_along_axis(block_table, column, axis=-1)
-    inside &= (page >= 0) & (page < num_blocks)
-    group = (lax.broadcasted_iota(jnp.int32, page.shape, axis) for axis in range(len(groups)))
-    return (*group, page, position % PAGE_BLOCK_SIZE), inside
 
 
 def _abstract(k_cache, *operands, devices):

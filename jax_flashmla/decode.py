@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flashmla import arguments, decode_xla, native, partition
-from jax_flashmla.arguments import HEAD_DIM, LATENT_DIM, PAGE_BLOCK_SIZE, ROPE_DIM
+from jax_flashmla import arguments, cache_layout, decode_xla, native, partition
+from jax_flashmla.arguments import HEAD_DIM, LATENT_DIM
 from jax_flashmla.metadata import get_mla_metadata
-from jax_flashmla.planner import METADATA_COLUMNS
 from jax_flashmla.primitive import (
     define_primitive,
     lower_as_jax,
@@ -48,7 +47,9 @@ def flash_mla_with_kvcache(
     Args:
       q: `[*G, b, s_q, h_q, 576]` bfloat16 or float16, or a pair `(q_nope [.., 512],
         q_rope [.., 64])`, which spares a concatenation.
-      k_cache: `[*G, num_blocks, 64, h_kv, 576]`, dtype of `q`: pages of 64 tokens.
+      k_cache: `[*G, num_blocks, page_block_size, h_kv, width]`, dtype of `q`. Pages of 1, 16, 32,
+        64, 128, 256, 512 or 1024 tokens (the kernel: 16 and more). Rows of 576 columns, or wider by
+        a multiple of 8: what follows the 576th is never read.
       block_table: `[*G, b, max_blocks]` int32, the page ids of each sequence, in order. An id
         outside the pool reads as zeros.
       cache_seqlens: `[*G, b]` int32, the valid tokens of each sequence, the new ones included;
@@ -81,15 +82,14 @@ def flash_mla_with_kvcache(
       >>> out.shape, lse.shape
       ((2, 1, 16, 512), (2, 16, 1))
     """
-    q_parts, split_q = _check_q(q)
+    q_parts, split_q = arguments.queries(q)
     dtype = q_parts[0].dtype
     *groups, batch, s_q, h_q, _ = q_parts[0].shape
 
     k_cache = arguments.array("k_cache", k_cache)
     if k_cache.dtype != dtype:
         raise TypeError(f"k_cache: expected q's dtype {dtype}, got {k_cache.dtype}")
-    expected = (*groups, "num_blocks", PAGE_BLOCK_SIZE, "h_kv", HEAD_DIM)
-    arguments.shape("k_cache", k_cache, expected, f"group axes {groups} as q's" if groups else "")
+    cache_layout.check_cache(k_cache, groups, f"group axes {groups} as q's" if groups else "")
     h_kv = k_cache.shape[-2]
     if k_cache.shape[len(groups)] == 0:
         raise ValueError("k_cache: expected at least one page, got num_blocks 0")
@@ -104,10 +104,10 @@ def flash_mla_with_kvcache(
     if arguments.static_int("head_dim_v", head_dim_v) != LATENT_DIM:
         raise ValueError(f"head_dim_v: expected {LATENT_DIM}, got {head_dim_v}")
 
-    metadata = _check_metadata(tile_scheduler_metadata, num_splits, groups, batch)
+    metadata = arguments.plan(tile_scheduler_metadata, num_splits, groups, batch)
     if softmax_scale is None:
         softmax_scale = HEAD_DIM**-0.5
-    native.check_implementation("decode", implementation)
+    native.check_implementation("decode", implementation, cache_layout.why_no_kernel(k_cache))
     config = DecodeConfig(
         softmax_scale=arguments.static_finite_float("softmax_scale", softmax_scale),
         causal=arguments.static_bool("causal", causal) and s_q > 1,
@@ -117,47 +117,6 @@ def flash_mla_with_kvcache(
     )
     out, lse = _bind(*q_parts, k_cache, block_table, cache_seqlens, *metadata, config=config)
     return out, lse
-
-
-def _check_q(q) -> tuple[tuple[jax.Array, ...], bool]:
-    """Returns the parts of q, one or two, and whether it was a pair."""
-    split = isinstance(q, (tuple, list))
-    if split and len(q) != 2:
-        raise ValueError(f"q: expected an array or a pair (q_nope, q_rope), got {len(q)} items")
-    names = ("q_nope", "q_rope") if split else ("q",)
-    widths = (LATENT_DIM, ROPE_DIM) if split else (HEAD_DIM,)
-    parts = tuple(
-        arguments.array(name, part) for name, part in zip(names, q if split else (q,), strict=True)
-    )
-    leading = parts[0].shape[:-1] if parts[0].ndim >= 4 else ("*G", "b", "s_q", "h_q")
-    for name, part, width in zip(names, parts, widths, strict=True):
-        if part.dtype not in arguments.QUERY_DTYPES:
-            raise TypeError(f"{name}: expected dtype bfloat16 or float16, got {part.dtype}")
-        if part.dtype != parts[0].dtype:
-            raise TypeError(f"{name}: expected q_nope's dtype {parts[0].dtype}, got {part.dtype}")
-        arguments.shape(name, part, (*leading, width), "as q_nope's" if name == "q_rope" else "")
-    if parts[0].shape[-3] == 0:
-        raise ValueError(f"{names[0]}: expected at least one query token, got s_q 0")
-    return parts, split
-
-
-def _check_metadata(tile_scheduler_metadata, num_splits, groups, batch) -> tuple[jax.Array, ...]:
-    """Returns `()`, or both arrays of the plan."""
-    if (tile_scheduler_metadata is None) != (num_splits is None):
-        missing = "num_splits" if num_splits is None else "tile_scheduler_metadata"
-        raise ValueError(
-            f"{missing}: expected an array, since the other half of the metadata was given, got "
-            "None; pass both as get_mla_metadata returns them, or neither"
-        )
-    if num_splits is None:
-        return ()
-    name = "tile_scheduler_metadata"
-    tile_scheduler_metadata = arguments.int32_array(name, tile_scheduler_metadata)
-    expected = (*groups, "num_sm_parts", METADATA_COLUMNS)
-    arguments.shape(name, tile_scheduler_metadata, expected)
-    num_splits = arguments.int32_array("num_splits", num_splits)
-    arguments.shape("num_splits", num_splits, (*groups, batch + 1), "b + 1")
-    return tile_scheduler_metadata, num_splits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,8 +159,10 @@ def _abstract(*operands, config, devices=None):
 
 def _decode(*operands, config):
     """Lowers the outer primitive: any number of group axes become one."""
-    _, (_, block_table, _), _ = config.split_operands(operands)
+    q, (_, block_table, _), _ = config.split_operands(operands)
     groups = block_table.shape[:-2]
+    if 0 in block_table.shape[:-1]:
+        return tuple(jnp.zeros(*result) for result in _result_types(q[0]))
     operands = [x.reshape(math.prod(groups), *x.shape[len(groups) :]) for x in operands]
     results = decode_local_p.bind(*operands, config=config)
     return tuple(result.reshape(*groups, *result.shape[1:]) for result in results)
@@ -359,8 +320,10 @@ _kernel_lowering = lower_as_jax(_decode_local_cuda)
 
 
 def _cuda_lowering(ctx, *operands, config):
+    _, (k_cache, *_), _ = config.split_operands(ctx.avals_in)
     chosen = native.chosen_implementation("decode", config.implementation)
-    lowering = _kernel_lowering if chosen == "cuda" else _accelerator_lowering
+    use_kernel = chosen == "cuda" and cache_layout.why_no_kernel(k_cache) is None
+    lowering = _kernel_lowering if use_kernel else _accelerator_lowering
     return lowering(ctx, *operands, config=config)
 
 

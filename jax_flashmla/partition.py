@@ -39,7 +39,7 @@ def plan_rule(num_groups: int):
 
 def append_rule(num_groups: int):
     """Shardy's rule for append, and the axes of it that stay whole."""
-    return _rule(num_groups, ["p t u e", "b s u e", "b n", "b"], ["p t u e"], "u")
+    return _rule(num_groups, ["p t u e", "b s u r", "b n", "b"], ["p t u e"], "u")
 
 
 def _rule(num_groups, operands, results, divided):

@@ -67,10 +67,24 @@ DECODE_ERRORS = [
     (
         dict(k_cache=zeros((3, 64, 576))),
         ValueError,
-        r"k_cache: expected shape \[num_blocks, 64, h_",
+        r"k_cache: expected shape \[num_blocks, page_block_size, h_kv, width\], got \[3, 64, 576\]",
     ),
-    (dict(k_cache=zeros((3, 32, 2, 576))), ValueError, r"\[num_blocks, 64, h_kv, 576\], got .*32"),
-    (dict(k_cache=zeros((3, 64, 2, 512))), ValueError, r"\[num_blocks, 64, h_kv, 576\], got .*512"),
+    *[
+        (
+            dict(k_cache=zeros((3, page, 2, 576))),
+            ValueError,
+            f"k_cache: expected pages of 1, 16, 32, 64, 128, 256, 512 or 1024 tokens, got {page}$",
+        )
+        for page in (0, 8, 48, 2048)
+    ],
+    *[
+        (
+            dict(k_cache=zeros((3, 64, 2, width))),
+            ValueError,
+            f"k_cache: expected rows of 576 columns.*a multiple of 8, got width {width}$",
+        )
+        for width in (512, 570, 577)
+    ],
     (dict(k_cache=zeros((0, 64, 2, 576))), ValueError, "k_cache: expected at least one page"),
     (dict(k_cache=zeros((3, 64, 0, 576))), ValueError, "got h_q 4 and h_kv 0"),
     # block_table, cache_seqlens
