@@ -83,11 +83,12 @@ def shape(name: str, value: jax.Array, expected: tuple[int | str, ...], given: s
 
 
 def table_and_lengths(block_table, cache_seqlens, groups, batch, given: str):
-    """The page table and the lengths of `batch` sequences in each group, as int32 arrays."""
-    block_table = int32_array("block_table", block_table)
-    shape("block_table", block_table, (*groups, batch, "max_blocks"), given)
-    if block_table.shape[-1] == 0:
-        raise ValueError("block_table: expected at least one column, got max_blocks 0")
+    """The page table, if any, and the lengths of `batch` sequences in each group, as int32."""
+    if block_table is not None:
+        block_table = int32_array("block_table", block_table)
+        shape("block_table", block_table, (*groups, batch, "max_blocks"), given)
+        if block_table.shape[-1] == 0:
+            raise ValueError("block_table: expected at least one column, got max_blocks 0")
     cache_seqlens = int32_array("cache_seqlens", cache_seqlens)
     shape("cache_seqlens", cache_seqlens, (*groups, batch), given)
     return block_table, cache_seqlens

@@ -12,7 +12,7 @@ from jax_flashmla.primitive import define_primitive, lower_on_mesh, needs_device
 def append_kv_cache(
     k_cache: jax.Array,
     new_kv: jax.Array,
-    block_table: jax.Array,
+    block_table: jax.Array | None,
     cache_seqlens: jax.Array,
 ) -> jax.Array:
     """Writes the newest rows of every sequence into its pages.
@@ -55,23 +55,28 @@ def append_kv_cache(
     if k_cache.dtype not in arguments.QUERY_DTYPES:
         raise TypeError(f"k_cache: expected dtype bfloat16 or float16, got {k_cache.dtype}")
     groups = k_cache.shape[:-4] if k_cache.ndim >= 4 else ("*G",)
-    check_cache(k_cache, groups)
+    paged = block_table is not None
+    check_cache(k_cache, groups, paged)
     h_kv = k_cache.shape[-2]
     new_kv = arguments.array("new_kv", new_kv)
     if new_kv.dtype != k_cache.dtype:
         raise TypeError(f"new_kv: expected k_cache's dtype {k_cache.dtype}, got {new_kv.dtype}")
-    given = "group axes and h_kv as k_cache's"
-    arguments.shape("new_kv", new_kv, (*groups, "b", "s_q", h_kv, HEAD_DIM), given)
+    given = "group axes and h_kv as k_cache's" if paged else "all but s_q as k_cache's"
+    batch = "b" if paged else k_cache.shape[-4]
+    arguments.shape("new_kv", new_kv, (*groups, batch, "s_q", h_kv, HEAD_DIM), given)
     batch = new_kv.shape[-4]
     block_table, cache_seqlens = arguments.table_and_lengths(
         block_table, cache_seqlens, groups, batch, "b as new_kv's"
     )
 
-    (k_cache,) = append_p.bind(k_cache, new_kv, block_table, cache_seqlens, devices=needs_devices())
+    table = [block_table] if paged else []
+    (k_cache,) = append_p.bind(k_cache, new_kv, *table, cache_seqlens, devices=needs_devices())
     return k_cache
 
 
-def _append(k_cache, new_kv, block_table, cache_seqlens):
+def _append(k_cache, new_kv, *table_and_lengths):
+    *table, cache_seqlens = table_and_lengths
+    block_table = table[0] if table else None
     batch, s_q = new_kv.shape[-4:-2]
     position = cache_seqlens[..., None] + jnp.arange(-s_q, 0, dtype=jnp.int32)
     (*group, page, row), inside = find_rows(k_cache, block_table, position)
@@ -91,15 +96,16 @@ def _abstract(k_cache, *operands, devices):
 
 
 def _lowering(ctx, *operands, devices):
-    """Devices share groups and KV heads."""
+    """Devices share groups, KV heads and the sequences of an unpaged cache."""
     del devices
+    paged = len(operands) == 4
 
     def divide(specs):
-        *groups, _, _, kv_heads, _ = specs[0]
-        divided = partition.divide_append(groups, kv_heads)
+        *groups, batch, _, kv_heads, _ = specs[0]
+        divided = partition.divide_append(groups, batch, kv_heads, paged)
         return _append, divided, divided[:1]
 
-    rule = partition.append_rule(ctx.avals_in[0].ndim - 4)
+    rule = partition.append_rule(ctx.avals_in[0].ndim - 4, paged)
     return lower_on_mesh(ctx, operands, _append, rule, divide)
 
 

@@ -178,7 +178,7 @@ def _pages(k_cache, block_table) -> dict[str, int]:
         )
     k_cache = arguments.array("k_cache", k_cache)
     block_table = arguments.int32_array("block_table", block_table)
-    check_cache(k_cache, k_cache.shape[:-4] if k_cache.ndim >= 4 else ("*G",))
+    check_cache(k_cache, k_cache.shape[:-4] if k_cache.ndim >= 4 else ("*G",), paged=True)
     if block_table.ndim < 2:
         expected = "[*G, b, max_blocks]"
         got = list(block_table.shape)

@@ -25,7 +25,7 @@ PARTIAL_ROWS = 16  # the kernels' partial results are in tiles of so many query 
 def flash_mla_with_kvcache(
     q: jax.Array | tuple[jax.Array, jax.Array],
     k_cache: jax.Array,
-    block_table: jax.Array,
+    block_table: jax.Array | None,
     cache_seqlens: jax.Array,
     head_dim_v: int = LATENT_DIM,
     tile_scheduler_metadata: jax.Array | None = None,
@@ -89,9 +89,12 @@ def flash_mla_with_kvcache(
     k_cache = arguments.array("k_cache", k_cache)
     if k_cache.dtype != dtype:
         raise TypeError(f"k_cache: expected q's dtype {dtype}, got {k_cache.dtype}")
-    cache_layout.check_cache(k_cache, groups, f"group axes {groups} as q's" if groups else "")
+    paged = block_table is not None
+    fixed = ([f"group axes {groups}"] if groups else []) + ([] if paged else ["b"])
+    given = f"{' and '.join(fixed)} as q's" if fixed else ""
+    cache_layout.check_cache(k_cache, groups, paged, batch, given)
     h_kv = k_cache.shape[-2]
-    if k_cache.shape[len(groups)] == 0:
+    if paged and k_cache.shape[len(groups)] == 0:
         raise ValueError("k_cache: expected at least one page, got num_blocks 0")
     if h_kv == 0 or h_q == 0 or h_q % h_kv:
         raise ValueError(
@@ -107,11 +110,13 @@ def flash_mla_with_kvcache(
     metadata = arguments.plan(tile_scheduler_metadata, num_splits, groups, batch)
     if softmax_scale is None:
         softmax_scale = HEAD_DIM**-0.5
-    native.check_implementation("decode", implementation, cache_layout.why_no_kernel(k_cache))
+    unfit = cache_layout.why_no_kernel(k_cache, paged)
+    native.check_implementation("decode", implementation, unfit)
     config = DecodeConfig(
         softmax_scale=arguments.static_finite_float("softmax_scale", softmax_scale),
         causal=arguments.static_bool("causal", causal) and s_q > 1,
         split_q=split_q,
+        paged=paged,
         planned=bool(metadata),
         implementation=implementation,
     )
@@ -126,13 +131,16 @@ class DecodeConfig:
     softmax_scale: float
     causal: bool
     split_q: bool  # q is the pair (q_nope, q_rope)
+    paged: bool  # there is a block_table
     planned: bool  # the metadata are the last two operands
     implementation: str | None
 
     def split_operands(self, operands):
-        """Returns `(q parts, (k_cache, block_table, cache_seqlens), metadata)`."""
+        """Returns `(q parts, (k_cache, block_table or None, cache_seqlens), metadata)`."""
         num_q = 2 if self.split_q else 1
-        return operands[:num_q], operands[num_q : num_q + 3], operands[num_q + 3 :]
+        q, k_cache, rest = operands[:num_q], operands[num_q], operands[num_q + 1 :]
+        block_table, rest = (rest[0], rest[1:]) if self.paged else (None, rest)
+        return q, (k_cache, block_table, rest[0]), rest[1:]
 
 
 def _result_types(q):
@@ -143,6 +151,7 @@ def _result_types(q):
 
 
 def _bind(*operands, config):
+    operands = [x for x in operands if x is not None]
     return decode_p.bind(*operands, config=config, devices=needs_devices())
 
 
@@ -158,11 +167,15 @@ def _abstract(*operands, config, devices=None):
 
 
 def _decode(*operands, config):
-    """Lowers the outer primitive: any number of group axes become one."""
-    q, (_, block_table, _), _ = config.split_operands(operands)
-    groups = block_table.shape[:-2]
-    if 0 in block_table.shape[:-1]:
+    """Lowers the outer primitive: any number of group axes become one, and all caches paged."""
+    q, (k_cache, block_table, cache_seqlens), metadata = config.split_operands(operands)
+    groups = cache_seqlens.shape[:-1]
+    if 0 in cache_seqlens.shape:  # no sequence, and an unpaged cache without a page
         return tuple(jnp.zeros(*result) for result in _result_types(q[0]))
+    if not config.paged:
+        block_table = cache_layout.table_of_sequences(k_cache)
+        operands = *q, k_cache, block_table, cache_seqlens, *metadata
+        config = dataclasses.replace(config, paged=True)
     operands = [x.reshape(math.prod(groups), *x.shape[len(groups) :]) for x in operands]
     results = decode_local_p.bind(*operands, config=config)
     return tuple(result.reshape(*groups, *result.shape[1:]) for result in results)
@@ -181,27 +194,32 @@ def _decode_lowering(ctx, *operands, config, devices):
     def divide(specs):
         *groups, batch, _, heads, _ = specs[0]
         kv_heads = specs[len(q)][-2]
-        specs = partition.divide(groups, batch, heads if one_kv_head else kv_heads, kv_heads)
+        heads = heads if one_kv_head else kv_heads
+        specs = partition.divide(groups, batch, heads, kv_heads, config.paged)
 
         def part(*operands):
             if specs.whole_groups:
                 return _decode(*operands, config=config)
-            q, rest, _ = config.split_operands(operands)
-            return _decode(*q, *rest, config=dataclasses.replace(config, planned=False))
+            operands = operands[: len(operands) - len(metadata)]
+            return _decode(*operands, config=dataclasses.replace(config, planned=False))
 
-        rest = specs.k_cache, specs.block_table, specs.cache_seqlens
+        table = [specs.block_table] if config.paged else []
+        rest = specs.k_cache, *table, specs.cache_seqlens
         in_specs = (*[specs.q] * len(q), *rest, *[specs.metadata] * len(metadata))
         return part, in_specs, (specs.out, specs.lse)
 
-    rule = partition.decode_rule(k_cache.ndim - 4, len(q), config.planned, one_kv_head)
+    rule = partition.decode_rule(
+        k_cache.ndim - 4, len(q), config.paged, config.planned, one_kv_head
+    )
     return lower_on_mesh(ctx, operands, functools.partial(_decode, config=config), rule, divide)
 
 
 def _batcher(operands, dims, *, config, devices):
-    """Never touches the pool's pages.
+    """Never touches the rows of the cache.
 
-    Pool mapped: the mapped axis becomes one more group axis. Pool not mapped: it is folded into the
-    batch, and the metadata, which was planned for the batch of one example, is dropped.
+    Cache mapped: the mapped axis becomes one more group axis. Cache not mapped: it is folded into
+    the batch, with the page table that an unpaged cache then needs, and the metadata, which was
+    planned for the batch of one example, is dropped.
     """
     del devices
     q, (k_cache, block_table, cache_seqlens), metadata = config.split_operands(operands)
@@ -209,6 +227,8 @@ def _batcher(operands, dims, *, config, devices):
     size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
 
     def to_axis(x, dim, axis):
+        if x is None:
+            return None
         if dim is None:
             return jnp.broadcast_to(
                 jnp.expand_dims(x, axis), (*x.shape[:axis], size, *x.shape[axis:])
@@ -229,6 +249,8 @@ def _batcher(operands, dims, *, config, devices):
         )
         return outs, [0, 0]
 
+    if not config.paged:
+        block_table = cache_layout.table_of_sequences(k_cache)
     axis = k_cache.ndim - 4  # the batch follows the group axes
 
     def fold(x, dim):
@@ -240,7 +262,7 @@ def _batcher(operands, dims, *, config, devices):
         k_cache,
         fold(block_table, table_dim),
         fold(cache_seqlens, lengths_dim),
-        config=dataclasses.replace(config, planned=False),
+        config=dataclasses.replace(config, paged=True, planned=False),
     )
     example_lengths = [n for i, n in enumerate(cache_seqlens.shape) if i != lengths_dim]
     batch = (size, example_lengths[-1])
@@ -289,6 +311,7 @@ def partial_types(slots, rows):
 
 def _decode_local_cuda(*operands, config):
     q, (k_cache, block_table, cache_seqlens), metadata = config.split_operands(operands)
+    k_cache, block_table = cache_layout.cut_for_kernel(k_cache, block_table)
     groups, batch, s_q, h_q, _ = q[0].shape
     h_kv = k_cache.shape[3]
     rows = s_q * h_q // h_kv
@@ -322,8 +345,8 @@ _kernel_lowering = lower_as_jax(_decode_local_cuda)
 def _cuda_lowering(ctx, *operands, config):
     _, (k_cache, *_), _ = config.split_operands(ctx.avals_in)
     chosen = native.chosen_implementation("decode", config.implementation)
-    use_kernel = chosen == "cuda" and cache_layout.why_no_kernel(k_cache) is None
-    lowering = _kernel_lowering if use_kernel else _accelerator_lowering
+    fits = cache_layout.kernel_page_size(k_cache.shape[2]) is not None
+    lowering = _kernel_lowering if chosen == "cuda" and fits else _accelerator_lowering
     return lowering(ctx, *operands, config=config)
 
 
