@@ -56,7 +56,7 @@ def as_it_is(pool, *rest):
 
 
 def packed(pool, *rest):
-    """Pages as JAX servers pack them, two tokens to a row of 32 bits: `[pages, page / 2, 2, 640]`."""
+    """Pages as JAX servers pack them, two tokens to 32 bits: `[pages, page / 2, 2, 640]`."""
     pages, pairs, _, width = pool.shape
     return pool.reshape(pages, 2 * pairs, 1, width), *rest
 

@@ -1,4 +1,4 @@
-"""MLA decode in float64 NumPy, one sequence and one query token at a time."""
+"""MLA decode in float64 NumPy, one sequence and one query token at a time; append, row by row."""
 
 import numpy as np
 
@@ -44,3 +44,18 @@ def decode(
                 out[i, token, rows] = rounded(rounded(weights) @ seen[:, :512] / total)
                 lse[i, rows, token] = (top + np.log(total))[:, 0]
     return out, lse
+
+
+def append(k_cache, new_kv, block_table, cache_seqlens):
+    """The cache of one group with the newest rows in it; everything else as it was."""
+    k_cache = k_cache.copy()
+    page_size = k_cache.shape[1]
+    batch, s_q = new_kv.shape[:2]
+    for i in range(batch):
+        for token in range(s_q):
+            position = int(cache_seqlens[i]) - s_q + token
+            if 0 <= position < block_table.shape[1] * page_size:
+                page = block_table[i, position // page_size]
+                if 0 <= page < len(k_cache):
+                    k_cache[page, position % page_size, :, :576] = new_kv[i, token]
+    return k_cache
