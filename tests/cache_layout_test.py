@@ -291,6 +291,22 @@ class OnGpuTest(LayoutTest):
         want = [np.asarray(x) for x in want]
         support.assert_decodes_well(self, fun(*operands), want, plain, q.dtype)
 
+    @parameterized.parameters("packed", "unpaged")
+    def test_other_layouts_are_not_copied(self, layout):
+        @jax.jit
+        def run(q, k_cache, table, lengths):
+            if layout == "packed":
+                pages, pairs, _, width = k_cache.shape
+                k_cache = k_cache.reshape(pages, 2 * pairs, 1, width)
+            return flash_mla_with_kvcache(q, k_cache, table, lengths, implementation="cuda")
+
+        shape = (5000, 16, 2, 640) if layout == "packed" else (8, 20000, 1, 640)
+        k_cache, q = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in (shape, (8, 1, 16, 576)))
+        lengths = jax.ShapeDtypeStruct((8,), jnp.int32)
+        table = jax.ShapeDtypeStruct((8, 100), jnp.int32) if layout == "packed" else None
+        memory = run.lower(q, k_cache, table, lengths).compile().memory_analysis()
+        self.assertLess(memory.temp_size_in_bytes, memory.argument_size_in_bytes / 10)
+
     @parameterized.product(page=PAGE_SIZES[1:], width=WIDTHS)
     def test_paged(self, page, width):
         lengths = self.rng.integers(0, 9000, 40)
