@@ -1,4 +1,4 @@
-"""`append_kv_cache`: writes new rows into the paged latent cache."""
+"""`append_kv_cache`: writes new rows into the latent cache, paged or not."""
 
 import jax
 import jax.numpy as jnp
@@ -15,24 +15,26 @@ def append_kv_cache(
     block_table: jax.Array | None,
     cache_seqlens: jax.Array,
 ) -> jax.Array:
-    """Writes the newest rows of every sequence into its pages.
+    """Writes the newest rows of every sequence into its pages, or into its part of the cache.
 
     Row `i` of a sequence's `s_q` goes to position `cache_seqlens - s_q + i`: `cache_seqlens` counts
     the new rows already, as the decode that follows needs it. Append first and decode from the
     result: a program that decodes from the cache as it was has to keep a copy of it.
 
     Skipped, without a word: positions before the start (a padding sequence has length 0) or past
-    the end of the table, and page ids outside the pool. No two sequences may name the same
+    the end of the table or cache, and page ids outside the pool. No two sequences may name the same
     position of a page for their new rows; if they do, either may be written.
 
     `*G` stands for any number of leading group axes, the same on all operands.
 
     Args:
-      k_cache: `[*G, num_blocks, page_block_size, h_kv, width]` bfloat16 or float16, with pages and
-        rows as `flash_mla_with_kvcache` takes them; columns past the 576th stay as they are. Donate
-        it to `jax.jit`, and the rows are written in place.
+      k_cache: bfloat16 or float16. Paged: `[*G, num_blocks, page_block_size, h_kv, width]`;
+        unpaged: `[*G, b, max_len, h_kv, width]`; with pages and rows as `flash_mla_with_kvcache`
+        takes them. Columns past the 576th stay as they are. Donate it to `jax.jit`, and the rows
+        are written in place.
       new_kv: `[*G, b, s_q, h_kv, 576]`, dtype of `k_cache`.
-      block_table: `[*G, b, max_blocks]` int32, the page ids of each sequence, in order.
+      block_table: `[*G, b, max_blocks]` int32, the page ids of each sequence, in order. `None`:
+        the cache is unpaged.
       cache_seqlens: `[*G, b]` int32, the valid tokens of each sequence, the new ones included.
 
     Returns:

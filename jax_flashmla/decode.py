@@ -1,4 +1,4 @@
-"""`flash_mla_with_kvcache`: paged, variable-length MLA decode as a JAX primitive."""
+"""`flash_mla_with_kvcache`: variable-length MLA decode, paged or not, as a JAX primitive."""
 
 import dataclasses
 import functools
@@ -35,7 +35,7 @@ def flash_mla_with_kvcache(
     causal: bool = False,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attends with absorbed queries to a paged latent cache (multi-head latent attention).
+    """Attends with absorbed queries to a latent cache, paged or not (multi-head latent attention).
 
     Each cache row is a key of 576 columns, 512 latent and 64 rotary; its first 512 columns are also
     the value (DeepSeek-V2, arXiv 2405.04434). Nothing past a sequence's length is ever used: page
@@ -47,13 +47,16 @@ def flash_mla_with_kvcache(
     Args:
       q: `[*G, b, s_q, h_q, 576]` bfloat16 or float16, or a pair `(q_nope [.., 512],
         q_rope [.., 64])`, which spares a concatenation.
-      k_cache: `[*G, num_blocks, page_block_size, h_kv, width]`, dtype of `q`. Pages of 1, 16, 32,
-        64, 128, 256, 512 or 1024 tokens (the kernel: 16 and more). Rows of 576 columns, or wider by
-        a multiple of 8: what follows the 576th is never read.
+      k_cache: dtype of `q`. Paged: `[*G, num_blocks, page_block_size, h_kv, width]`, with pages of
+        1, 16, 32, 64, 128, 256, 512 or 1024 tokens (the kernel: 16 and more). Unpaged:
+        `[*G, b, max_len, h_kv, width]`, any `max_len` (the kernel: multiples of 16). `width` is 576
+        or more, a multiple of 8: columns past the 576th are never read. A cache whose pages are
+        packed, `[num_blocks, page_block_size / 2, 2, width]`, is given as
+        `k_cache.reshape(num_blocks, page_block_size, 1, width)`, which costs nothing.
       block_table: `[*G, b, max_blocks]` int32, the page ids of each sequence, in order. An id
-        outside the pool reads as zeros.
+        outside the pool reads as zeros. `None`: the cache is unpaged.
       cache_seqlens: `[*G, b]` int32, the valid tokens of each sequence, the new ones included;
-        clamped to what the table holds.
+        clamped to what the table, or `max_len`, holds.
       head_dim_v: columns of the value, 512.
       tile_scheduler_metadata: `[*G, num_sm_parts, 8]` int32 and
       num_splits: `[*G, b + 1]` int32, from `get_mla_metadata`. Both `None`: plan inside the call.
@@ -79,6 +82,13 @@ def flash_mla_with_kvcache(
       >>> block_table = jnp.array([[4, 0], [2, -1]], jnp.int32)
       >>> cache_seqlens = jnp.array([100, 3], jnp.int32)
       >>> out, lse = jax.jit(flash_mla_with_kvcache)(q, k_cache, block_table, cache_seqlens)
+      >>> out.shape, lse.shape
+      ((2, 1, 16, 512), (2, 16, 1))
+
+      The same from an unpaged cache, with room for 160 tokens each:
+
+      >>> k_cache = jnp.ones((2, 160, 1, 576), jnp.bfloat16)
+      >>> out, lse = jax.jit(flash_mla_with_kvcache)(q, k_cache, None, cache_seqlens)
       >>> out.shape, lse.shape
       ((2, 1, 16, 512), (2, 16, 1))
     """
