@@ -81,7 +81,7 @@ def decode_xla(q, k_cache, block_table, cache_seqlens, *, softmax_scale, causal,
     padded = (pieces + per_step - 1) // per_step * per_step
     first_rows = jnp.pad(first_rows, ((0, 0), (0, padded - pieces)))
 
-    def attend_to_some_keys(step, carry):
+    def attend_to_some_pages(step, carry):
         row_max, row_sum, out = carry
         positions = step * tokens + jnp.arange(tokens, dtype=jnp.int32)
         firsts = lax.dynamic_slice_in_dim(first_rows, step * per_step, per_step, axis=1)
@@ -120,7 +120,7 @@ def decode_xla(q, k_cache, block_table, cache_seqlens, *, softmax_scale, causal,
         jnp.zeros(rows, jnp.float32),
         jnp.zeros((*rows, LATENT_DIM), jnp.float32),
     )
-    row_max, row_sum, out = lax.fori_loop(0, steps, attend_to_some_keys, start)
+    row_max, row_sum, out = lax.fori_loop(0, steps, attend_to_some_pages, start)
 
     empty = row_sum == 0
     out = jnp.where(empty[..., None], 0, out / jnp.where(empty, 1, row_sum)[..., None])
