@@ -14,7 +14,8 @@ QUERY_DTYPES = (jnp.bfloat16, jnp.float16)
 LATENT_DIM = 512  # the columns of a cache row that are both key and value
 ROPE_DIM = 64  # the columns that are key only
 HEAD_DIM = LATENT_DIM + ROPE_DIM
-PAGE_BLOCK_SIZE = 64  # where nothing else says it; and the plan's blocks, whatever the pages
+# Where nothing else says it, and what the plan counts in, whatever the pages of the cache.
+PAGE_BLOCK_SIZE = 64
 
 
 def array(name: str, value) -> jax.Array:
