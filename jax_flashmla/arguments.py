@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from jax_flashmla.planner import METADATA_COLUMNS
+
 QUERY_DTYPES = (jnp.bfloat16, jnp.float16)
 LATENT_DIM = 512  # the columns of a cache row that are both key and value
 ROPE_DIM = 64  # the columns that are key only
 HEAD_DIM = LATENT_DIM + ROPE_DIM
+# Where nothing else says it, and what the plan counts in, whatever the pages of the cache.
 PAGE_BLOCK_SIZE = 64
 MOST_TOKENS = 2**30  # of a sequence: no table holds more
 
@@ -87,14 +90,54 @@ def shape(name: str, value: jax.Array, expected: tuple[int | str, ...], given: s
 
 
 def table_and_lengths(block_table, cache_seqlens, groups, batch, given: str):
-    """The page table and the lengths of `batch` sequences in each group, as int32 arrays."""
-    block_table = int32_array("block_table", block_table)
-    shape("block_table", block_table, (*groups, batch, "max_blocks"), given)
-    if block_table.shape[-1] == 0:
-        raise ValueError("block_table: expected at least one column, got max_blocks 0")
+    """The page table, if any, and the lengths of `batch` sequences in each group, as int32."""
+    if block_table is not None:
+        block_table = int32_array("block_table", block_table)
+        shape("block_table", block_table, (*groups, batch, "max_blocks"), given)
+        if block_table.shape[-1] == 0:
+            raise ValueError("block_table: expected at least one column, got max_blocks 0")
     cache_seqlens = int32_array("cache_seqlens", cache_seqlens)
     shape("cache_seqlens", cache_seqlens, (*groups, batch), given)
     return block_table, cache_seqlens
+
+
+def queries(q) -> tuple[tuple[jax.Array, ...], bool]:
+    """Returns the parts of q, one or two, and whether it was a pair."""
+    split = isinstance(q, (tuple, list))
+    if split and len(q) != 2:
+        raise ValueError(f"q: expected an array or a pair (q_nope, q_rope), got {len(q)} items")
+    names = ("q_nope", "q_rope") if split else ("q",)
+    widths = (LATENT_DIM, ROPE_DIM) if split else (HEAD_DIM,)
+    parts = tuple(array(name, part) for name, part in zip(names, q if split else (q,), strict=True))
+    leading = parts[0].shape[:-1] if parts[0].ndim >= 4 else ("*G", "b", "s_q", "h_q")
+    for name, part, width in zip(names, parts, widths, strict=True):
+        if part.dtype not in QUERY_DTYPES:
+            raise TypeError(f"{name}: expected dtype bfloat16 or float16, got {part.dtype}")
+        if part.dtype != parts[0].dtype:
+            raise TypeError(f"{name}: expected q_nope's dtype {parts[0].dtype}, got {part.dtype}")
+        shape(name, part, (*leading, width), "as q_nope's" if name == "q_rope" else "")
+    if parts[0].shape[-3] == 0:
+        raise ValueError(f"{names[0]}: expected at least one query token, got s_q 0")
+    return parts, split
+
+
+def plan(tile_scheduler_metadata, num_splits, groups, batch) -> tuple[jax.Array, ...]:
+    """Returns `()`, or both arrays of the plan."""
+    if (tile_scheduler_metadata is None) != (num_splits is None):
+        missing = "num_splits" if num_splits is None else "tile_scheduler_metadata"
+        raise ValueError(
+            f"{missing}: expected an array, since the other half of the metadata was given, got "
+            "None; pass both as get_mla_metadata returns them, or neither"
+        )
+    if num_splits is None:
+        return ()
+    name = "tile_scheduler_metadata"
+    tile_scheduler_metadata = int32_array(name, tile_scheduler_metadata)
+    expected = (*groups, "num_sm_parts", METADATA_COLUMNS)
+    shape(name, tile_scheduler_metadata, expected)
+    num_splits = int32_array("num_splits", num_splits)
+    shape("num_splits", num_splits, (*groups, batch + 1), "b + 1")
+    return tile_scheduler_metadata, num_splits
 
 
 def _kind(value) -> str:

@@ -1,37 +1,40 @@
-"""`append_kv_cache`: writes new rows into the paged latent cache."""
+"""`append_kv_cache`: writes new rows into the latent cache, paged or not."""
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jax_flashmla import arguments, partition
-from jax_flashmla.arguments import HEAD_DIM, PAGE_BLOCK_SIZE
+from jax_flashmla.arguments import HEAD_DIM
+from jax_flashmla.cache_layout import check_cache, find_rows
 from jax_flashmla.primitive import define_primitive, lower_on_mesh, needs_devices, result_aval
 
 
 def append_kv_cache(
     k_cache: jax.Array,
     new_kv: jax.Array,
-    block_table: jax.Array,
+    block_table: jax.Array | None,
     cache_seqlens: jax.Array,
 ) -> jax.Array:
-    """Writes the newest rows of every sequence into its pages.
+    """Writes the newest rows of every sequence into its pages, or into its part of the cache.
 
     Row `i` of a sequence's `s_q` goes to position `cache_seqlens - s_q + i`: `cache_seqlens` counts
     the new rows already, as the decode that follows needs it. Append first and decode from the
     result: a program that decodes from the cache as it was has to keep a copy of it.
 
     Skipped, without a word: positions before the start (a padding sequence has length 0) or past
-    the end of the table, and page ids outside the pool. No two sequences may name the same
+    the end of the table or cache, and page ids outside the pool. No two sequences may name the same
     position of a page for their new rows; if they do, either may be written.
 
     `*G` stands for any number of leading group axes, the same on all operands.
 
     Args:
-      k_cache: `[*G, num_blocks, 64, h_kv, 576]` bfloat16 or float16. Donate it to `jax.jit`, and
-        the rows are written in place.
+      k_cache: bfloat16 or float16. Paged: `[*G, num_blocks, page_block_size, h_kv, width]`;
+        unpaged: `[*G, b, max_len, h_kv, width]`; with pages and rows as `flash_mla_with_kvcache`
+        takes them. Columns past the 576th stay as they are. Donate it to `jax.jit`, and the rows
+        are written in place.
       new_kv: `[*G, b, s_q, h_kv, 576]`, dtype of `k_cache`.
-      block_table: `[*G, b, max_blocks]` int32, the page ids of each sequence, in order.
+      block_table: `[*G, b, max_blocks]` int32, the page ids of each sequence, in order. `None`:
+        the cache is unpaged.
       cache_seqlens: `[*G, b]` int32, the valid tokens of each sequence, the new ones included.
 
     Returns:
@@ -54,47 +57,36 @@ def append_kv_cache(
     if k_cache.dtype not in arguments.QUERY_DTYPES:
         raise TypeError(f"k_cache: expected dtype bfloat16 or float16, got {k_cache.dtype}")
     groups = k_cache.shape[:-4] if k_cache.ndim >= 4 else ("*G",)
-    expected = (*groups, "num_blocks", PAGE_BLOCK_SIZE, "h_kv", HEAD_DIM)
-    arguments.shape("k_cache", k_cache, expected)
+    paged = block_table is not None
+    check_cache(k_cache, groups, paged)
     h_kv = k_cache.shape[-2]
     new_kv = arguments.array("new_kv", new_kv)
     if new_kv.dtype != k_cache.dtype:
         raise TypeError(f"new_kv: expected k_cache's dtype {k_cache.dtype}, got {new_kv.dtype}")
-    given = "group axes and h_kv as k_cache's"
-    arguments.shape("new_kv", new_kv, (*groups, "b", "s_q", h_kv, HEAD_DIM), given)
+    given = "group axes and h_kv as k_cache's" if paged else "all but s_q as k_cache's"
+    batch = "b" if paged else k_cache.shape[-4]
+    arguments.shape("new_kv", new_kv, (*groups, batch, "s_q", h_kv, HEAD_DIM), given)
     batch = new_kv.shape[-4]
     block_table, cache_seqlens = arguments.table_and_lengths(
         block_table, cache_seqlens, groups, batch, "b as new_kv's"
     )
 
-    (k_cache,) = append_p.bind(k_cache, new_kv, block_table, cache_seqlens, devices=needs_devices())
+    table = [block_table] if paged else []
+    (k_cache,) = append_p.bind(k_cache, new_kv, *table, cache_seqlens, devices=needs_devices())
     return k_cache
 
 
-def _append(k_cache, new_kv, block_table, cache_seqlens):
+def _append(k_cache, new_kv, *table_and_lengths):
+    *table, cache_seqlens = table_and_lengths
+    block_table = table[0] if table else None
     batch, s_q = new_kv.shape[-4:-2]
     position = cache_seqlens[..., None] + jnp.arange(-s_q, 0, dtype=jnp.int32)
     (*group, page, row), inside = find_rows(k_cache, block_table, position)
     # What is skipped goes to pages past the pool, a different one each: XLA may then assume that no
     # two rows have the same target, and write them all at once.
     past = k_cache.shape[-4] + jnp.arange(batch * s_q, dtype=jnp.int32).reshape(batch, s_q)
-    index = (*group, jnp.where(inside, page, past), row)
+    index = (*group, jnp.where(inside, page, past), row, slice(None), slice(HEAD_DIM))
     return (k_cache.at[index].set(new_kv, mode="drop", unique_indices=True),)
-
-
-def find_rows(k_cache, block_table, position):
-    """Where in the pool tokens lie: `position [*G, b, t]` in their sequences.
-
-    Returns the index arrays of the group axes, the page and its row, and whether there is such a
-    token: inside the table, on a page of the pool. Where there is none, the page may be anything.
-    """
-    *groups, num_blocks, _, _, _ = k_cache.shape
-    inside = (position >= 0) & (position < block_table.shape[-1] * PAGE_BLOCK_SIZE)
-    column = jnp.where(inside, position // PAGE_BLOCK_SIZE, 0)
-    page = jnp.take_along_axis(block_table, column, axis=-1)
-    inside &= (page >= 0) & (page < num_blocks)
-    group = (lax.broadcasted_iota(jnp.int32, page.shape, axis) for axis in range(len(groups)))
-    return (*group, page, position % PAGE_BLOCK_SIZE), inside
 
 
 def _abstract(k_cache, *operands, devices):
@@ -106,15 +98,16 @@ def _abstract(k_cache, *operands, devices):
 
 
 def _lowering(ctx, *operands, devices):
-    """Devices share groups and KV heads."""
+    """Devices share groups, KV heads and the sequences of an unpaged cache."""
     del devices
+    paged = len(operands) == 4
 
     def divide(specs):
-        *groups, _, _, kv_heads, _ = specs[0]
-        divided = partition.divide_append(groups, kv_heads)
+        *groups, batch, _, kv_heads, _ = specs[0]
+        divided = partition.divide_append(groups, batch, kv_heads, paged)
         return _append, divided, divided[:1]
 
-    rule = partition.append_rule(ctx.avals_in[0].ndim - 4)
+    rule = partition.append_rule(ctx.avals_in[0].ndim - 4, paged)
     return lower_on_mesh(ctx, operands, _append, rule, divide)
 
 

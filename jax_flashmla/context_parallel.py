@@ -7,10 +7,10 @@ and page table are local.
 
 Which device has which tokens is the *split*:
 
-* `"interleaved"`: page `j` of a sequence (64 tokens) is page `j // n` of device `j % n`. Sequences
-  of any length are spread evenly.
+* `"interleaved"`: page `j` of a sequence is page `j // n` of device `j % n`: any length
+  is spread evenly.
 * `"contiguous"`: device `d` has the tokens from `d * C` on, where `C` is what its table holds,
-  `max_blocks * 64`: a prefill that was itself split contiguously stays where it is.
+  `max_blocks * page_block_size`: a prefill that was itself split contiguously stays where it is.
 """
 
 import jax
@@ -19,7 +19,8 @@ from jax import lax
 
 from jax_flashmla import arguments
 from jax_flashmla.arguments import HEAD_DIM, LATENT_DIM, PAGE_BLOCK_SIZE
-from jax_flashmla.cache import append_kv_cache, find_rows
+from jax_flashmla.cache import append_kv_cache
+from jax_flashmla.cache_layout import check_cache, check_page_size, find_rows
 from jax_flashmla.decode import flash_mla_with_kvcache
 from jax_flashmla.merge import merge_attention_states
 
@@ -27,7 +28,12 @@ SPLITS = ("interleaved", "contiguous")
 
 
 def local_seqlens(
-    cache_seqlens: jax.Array, max_blocks: int, *, axis_name: str, split: str = "interleaved"
+    cache_seqlens: jax.Array,
+    max_blocks: int,
+    *,
+    axis_name: str,
+    split: str = "interleaved",
+    page_block_size: int = PAGE_BLOCK_SIZE,
 ) -> jax.Array:
     """How many of the first `cache_seqlens` tokens of each sequence this device has.
 
@@ -36,6 +42,7 @@ def local_seqlens(
       max_blocks: columns of this device's page table.
       axis_name: mesh axis (or a tuple of axes) that the keys are spread over.
       split: `"interleaved"` or `"contiguous"`.
+      page_block_size: tokens of a page: 1, 16, 32, 64, 128, 256, 512 or 1024.
 
     Returns:
       int32 in the shape of `cache_seqlens`; always the first so many of the device's own tokens.
@@ -48,13 +55,15 @@ def local_seqlens(
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {SPLITS}, got {split!r}")
     device, devices = lax.axis_index(axis_name), lax.axis_size(axis_name)
-    capacity = arguments.positive_int("max_blocks", max_blocks) * PAGE_BLOCK_SIZE
+    page = arguments.static_int("page_block_size", page_block_size)
+    check_page_size("page_block_size", page)
+    capacity = arguments.positive_int("max_blocks", max_blocks) * page
     lengths = jnp.clip(lengths, 0, devices * capacity)
     if split == "contiguous":
         return jnp.clip(lengths - device * capacity, 0, capacity)
-    turn = devices * PAGE_BLOCK_SIZE  # tokens in one page of each device
-    last_page = lengths % turn - device * PAGE_BLOCK_SIZE
-    return lengths // turn * PAGE_BLOCK_SIZE + jnp.clip(last_page, 0, PAGE_BLOCK_SIZE)
+    turn = devices * page  # tokens in one page of each device
+    last_page = lengths % turn - device * page
+    return lengths // turn * page + jnp.clip(last_page, 0, page)
 
 
 def append(
@@ -69,7 +78,7 @@ def append(
     """`append_kv_cache`, each row on the device that its position belongs to.
 
     Args:
-      k_cache: `[*G, num_blocks, 64, h_kv, 576]`, this device's pool.
+      k_cache: `[*G, num_blocks, page_block_size, h_kv, width]`, this device's pool.
       new_kv: `[*G, b, s_q, h_kv, 576]`, the same on all devices of the axis.
       block_table: `[*G, b, max_blocks]` int32, this device's pages of each sequence, in order.
       cache_seqlens: `[*G, b]` int32, tokens of whole sequences, the new ones included.
@@ -82,13 +91,13 @@ def append(
     Raises:
       TypeError, ValueError: an argument has the wrong dtype, rank, shape or value.
     """
+    pages = _pages(k_cache, block_table)
     new_kv = arguments.array("new_kv", new_kv)
     s_q = new_kv.shape[-3] if new_kv.ndim >= 4 else 0
-    max_blocks = block_table.shape[-1]
     for token in range(s_q):
         end = cache_seqlens - (s_q - 1 - token)
         have, had = (
-            local_seqlens(lengths, max_blocks, axis_name=axis_name, split=split)
+            local_seqlens(lengths, axis_name=axis_name, split=split, **pages)
             for lengths in (end, end - 1)
         )
         # A length of 0 is a padding row, and skipped.
@@ -117,7 +126,7 @@ def decode(
 
     Args:
       q: `[*G, b, s_q, h_q, 576]`, or the pair; the same on all devices of the axis.
-      k_cache: `[*G, num_blocks, 64, h_kv, 576]`, this device's pool.
+      k_cache: `[*G, num_blocks, page_block_size, h_kv, width]`, this device's pool.
       block_table: `[*G, b, max_blocks]` int32, this device's pages of each sequence, in order.
       cache_seqlens: `[*G, b]` int32, tokens of whole sequences, the new ones included.
       axis_name: mesh axis that the keys are spread over.
@@ -132,18 +141,18 @@ def decode(
     Raises:
       TypeError, ValueError, RuntimeError: as `flash_mla_with_kvcache`.
     """
+    pages = _pages(k_cache, block_table)
     options = {"softmax_scale": softmax_scale, "implementation": implementation}
     s_q = (q[0] if isinstance(q, (tuple, list)) else q).shape[-3]
     cache_seqlens = arguments.int32_array("cache_seqlens", cache_seqlens)
     hidden = s_q - 1 if arguments.static_bool("causal", causal) else 0
-    max_blocks = block_table.shape[-1]
     # As decode does with a length that the table has no room for.
-    capacity = lax.axis_size(axis_name) * max_blocks * PAGE_BLOCK_SIZE
+    capacity = lax.axis_size(axis_name) * pages["max_blocks"] * pages["page_block_size"]
     cache_seqlens = jnp.minimum(cache_seqlens, capacity)
     # Every token of a sequence sees its first keys; which of the last `hidden` each sees depends on
     # where they lie, which no causal mask of one device can say.
     tokens = cache_seqlens[..., None] - jnp.arange(hidden, -1, -1, dtype=jnp.int32)
-    visible = local_seqlens(tokens, max_blocks, axis_name=axis_name, split=split)
+    visible = local_seqlens(tokens, axis_name=axis_name, split=split, **pages)
     out, lse = flash_mla_with_kvcache(q, k_cache, block_table, visible[..., 0], **options)
     if hidden:
         last = _attend_to_last(q, k_cache, block_table, visible, softmax_scale)
@@ -160,6 +169,23 @@ def decode(
     return merge_attention_states(outs, jnp.swapaxes(lses, -1, -2))
 
 
+def _pages(k_cache, block_table) -> dict[str, int]:
+    """What `local_seqlens` asks about a device's pages."""
+    if block_table is None:
+        raise ValueError(
+            "block_table: expected an array, since the keys of a sequence are spread over devices "
+            "in pages, got None (an unpaged cache)"
+        )
+    k_cache = arguments.array("k_cache", k_cache)
+    block_table = arguments.int32_array("block_table", block_table)
+    check_cache(k_cache, k_cache.shape[:-4] if k_cache.ndim >= 4 else ("*G",), paged=True)
+    if block_table.ndim < 2:
+        expected = "[*G, b, max_blocks]"
+        got = list(block_table.shape)
+        raise ValueError(f"block_table: expected shape {expected}, got {got}")
+    return {"max_blocks": block_table.shape[-1], "page_block_size": k_cache.shape[-3]}
+
+
 def _attend_to_last(q, k_cache, block_table, visible, softmax_scale):
     """Attends to the few keys that some tokens of a sequence see and others do not.
 
@@ -172,7 +198,7 @@ def _attend_to_last(q, k_cache, block_table, visible, softmax_scale):
     (*group, page, row), inside = find_rows(k_cache, block_table, position)
     # A page id outside the pool reads as zeros, and so does what must not be read.
     readable = inside & (position < visible[..., -1:])
-    keys = k_cache[(*group, jnp.where(readable, page, 0), row)]
+    keys = k_cache[(*group, jnp.where(readable, page, 0), row)][..., :HEAD_DIM]
     keys = jnp.where(readable[..., None, None], keys, 0).astype(jnp.float32)
 
     rows = jnp.concatenate(q, -1) if isinstance(q, (tuple, list)) else q

@@ -1,4 +1,4 @@
-"""`flash_mla_with_kvcache`: paged, variable-length MLA decode as a JAX primitive."""
+"""`flash_mla_with_kvcache`: variable-length MLA decode, paged or not, as a JAX primitive."""
 
 import dataclasses
 import functools
@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flashmla import arguments, decode_xla, native, partition
-from jax_flashmla.arguments import HEAD_DIM, LATENT_DIM, PAGE_BLOCK_SIZE, ROPE_DIM
+from jax_flashmla import arguments, cache_layout, decode_xla, native, partition
+from jax_flashmla.arguments import HEAD_DIM, LATENT_DIM
 from jax_flashmla.metadata import get_mla_metadata
-from jax_flashmla.planner import METADATA_COLUMNS
 from jax_flashmla.primitive import (
     define_primitive,
     lower_as_jax,
@@ -26,7 +25,7 @@ PARTIAL_ROWS = 16  # the kernels' partial results are in tiles of so many query 
 def flash_mla_with_kvcache(
     q: jax.Array | tuple[jax.Array, jax.Array],
     k_cache: jax.Array,
-    block_table: jax.Array,
+    block_table: jax.Array | None,
     cache_seqlens: jax.Array,
     head_dim_v: int = LATENT_DIM,
     tile_scheduler_metadata: jax.Array | None = None,
@@ -38,7 +37,7 @@ def flash_mla_with_kvcache(
     logits_soft_cap: float | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attends with absorbed queries to a paged latent cache (multi-head latent attention).
+    """Attends with absorbed queries to a latent cache, paged or not (multi-head latent attention).
 
     Each cache row is a key of 576 columns, 512 latent and 64 rotary; its first 512 columns are also
     the value (DeepSeek-V2, arXiv 2405.04434). Nothing past a sequence's length is ever used: page
@@ -50,11 +49,16 @@ def flash_mla_with_kvcache(
     Args:
       q: `[*G, b, s_q, h_q, 576]` bfloat16 or float16, or a pair `(q_nope [.., 512],
         q_rope [.., 64])`, which spares a concatenation.
-      k_cache: `[*G, num_blocks, 64, h_kv, 576]`, dtype of `q`: pages of 64 tokens.
+      k_cache: dtype of `q`. Paged: `[*G, num_blocks, page_block_size, h_kv, width]`, with pages of
+        1, 16, 32, 64, 128, 256, 512 or 1024 tokens (the kernel: 16 and more). Unpaged:
+        `[*G, b, max_len, h_kv, width]`, any `max_len` (the kernel: multiples of 16). `width` is 576
+        or more, a multiple of 8: columns past the 576th are never read. A cache whose pages are
+        packed, `[num_blocks, page_block_size / 2, 2, width]`, is given as
+        `k_cache.reshape(num_blocks, page_block_size, 1, width)`, which costs nothing.
       block_table: `[*G, b, max_blocks]` int32, the page ids of each sequence, in order. An id
-        outside the pool reads as zeros.
+        outside the pool reads as zeros. `None`: the cache is unpaged.
       cache_seqlens: `[*G, b]` int32, the valid tokens of each sequence, the new ones included;
-        clamped to what the table holds.
+        clamped to what the table, or `max_len`, holds.
       head_dim_v: columns of the value, 512.
       tile_scheduler_metadata: `[*G, num_sm_parts, 8]` int32 and
       num_splits: `[*G, b + 1]` int32, from `get_mla_metadata`. Both `None`: plan inside the call.
@@ -86,18 +90,27 @@ def flash_mla_with_kvcache(
       >>> out, lse = jax.jit(flash_mla_with_kvcache)(q, k_cache, block_table, cache_seqlens)
       >>> out.shape, lse.shape
       ((2, 1, 16, 512), (2, 16, 1))
+
+      The same from an unpaged cache, with room for 160 tokens each:
+
+      >>> k_cache = jnp.ones((2, 160, 1, 576), jnp.bfloat16)
+      >>> out, lse = jax.jit(flash_mla_with_kvcache)(q, k_cache, None, cache_seqlens)
+      >>> out.shape, lse.shape
+      ((2, 1, 16, 512), (2, 16, 1))
     """
-    q_parts, split_q = _check_q(q)
+    q_parts, split_q = arguments.queries(q)
     dtype = q_parts[0].dtype
     *groups, batch, s_q, h_q, _ = q_parts[0].shape
 
     k_cache = arguments.array("k_cache", k_cache)
     if k_cache.dtype != dtype:
         raise TypeError(f"k_cache: expected q's dtype {dtype}, got {k_cache.dtype}")
-    expected = (*groups, "num_blocks", PAGE_BLOCK_SIZE, "h_kv", HEAD_DIM)
-    arguments.shape("k_cache", k_cache, expected, f"group axes {groups} as q's" if groups else "")
+    paged = block_table is not None
+    fixed = ([f"group axes {groups}"] if groups else []) + ([] if paged else ["b"])
+    given = f"{' and '.join(fixed)} as q's" if fixed else ""
+    cache_layout.check_cache(k_cache, groups, paged, batch, given)
     h_kv = k_cache.shape[-2]
-    if k_cache.shape[len(groups)] == 0:
+    if paged and k_cache.shape[len(groups)] == 0:
         raise ValueError("k_cache: expected at least one page, got num_blocks 0")
     if h_kv == 0 or h_q == 0 or h_q % h_kv:
         raise ValueError(
@@ -110,7 +123,7 @@ def flash_mla_with_kvcache(
     if arguments.static_int("head_dim_v", head_dim_v) != LATENT_DIM:
         raise ValueError(f"head_dim_v: expected {LATENT_DIM}, got {head_dim_v}")
 
-    metadata = _check_metadata(tile_scheduler_metadata, num_splits, groups, batch)
+    metadata = arguments.plan(tile_scheduler_metadata, num_splits, groups, batch)
     if softmax_scale is None:
         softmax_scale = HEAD_DIM**-0.5
     if sliding_window is not None:
@@ -119,59 +132,20 @@ def flash_mla_with_kvcache(
         logits_soft_cap = arguments.static_finite_float("logits_soft_cap", logits_soft_cap)
         if logits_soft_cap <= 0:
             raise ValueError(f"logits_soft_cap: expected a positive number, got {logits_soft_cap}")
-    native.check_implementation("decode", implementation)
+    unfit = cache_layout.why_no_kernel(k_cache, paged)
+    native.check_implementation("decode", implementation, unfit)
     config = DecodeConfig(
         softmax_scale=arguments.static_finite_float("softmax_scale", softmax_scale),
         causal=arguments.static_bool("causal", causal) and s_q > 1,
         sliding_window=sliding_window,
         logits_soft_cap=logits_soft_cap,
         split_q=split_q,
+        paged=paged,
         planned=bool(metadata),
         implementation=implementation,
     )
     out, lse = _bind(*q_parts, k_cache, block_table, cache_seqlens, *metadata, config=config)
     return out, lse
-
-
-def _check_q(q) -> tuple[tuple[jax.Array, ...], bool]:
-    """Returns the parts of q, one or two, and whether it was a pair."""
-    split = isinstance(q, (tuple, list))
-    if split and len(q) != 2:
-        raise ValueError(f"q: expected an array or a pair (q_nope, q_rope), got {len(q)} items")
-    names = ("q_nope", "q_rope") if split else ("q",)
-    widths = (LATENT_DIM, ROPE_DIM) if split else (HEAD_DIM,)
-    parts = tuple(
-        arguments.array(name, part) for name, part in zip(names, q if split else (q,), strict=True)
-    )
-    leading = parts[0].shape[:-1] if parts[0].ndim >= 4 else ("*G", "b", "s_q", "h_q")
-    for name, part, width in zip(names, parts, widths, strict=True):
-        if part.dtype not in arguments.QUERY_DTYPES:
-            raise TypeError(f"{name}: expected dtype bfloat16 or float16, got {part.dtype}")
-        if part.dtype != parts[0].dtype:
-            raise TypeError(f"{name}: expected q_nope's dtype {parts[0].dtype}, got {part.dtype}")
-        arguments.shape(name, part, (*leading, width), "as q_nope's" if name == "q_rope" else "")
-    if parts[0].shape[-3] == 0:
-        raise ValueError(f"{names[0]}: expected at least one query token, got s_q 0")
-    return parts, split
-
-
-def _check_metadata(tile_scheduler_metadata, num_splits, groups, batch) -> tuple[jax.Array, ...]:
-    """Returns `()`, or both arrays of the plan."""
-    if (tile_scheduler_metadata is None) != (num_splits is None):
-        missing = "num_splits" if num_splits is None else "tile_scheduler_metadata"
-        raise ValueError(
-            f"{missing}: expected an array, since the other half of the metadata was given, got "
-            "None; pass both as get_mla_metadata returns them, or neither"
-        )
-    if num_splits is None:
-        return ()
-    name = "tile_scheduler_metadata"
-    tile_scheduler_metadata = arguments.int32_array(name, tile_scheduler_metadata)
-    expected = (*groups, "num_sm_parts", METADATA_COLUMNS)
-    arguments.shape(name, tile_scheduler_metadata, expected)
-    num_splits = arguments.int32_array("num_splits", num_splits)
-    arguments.shape("num_splits", num_splits, (*groups, batch + 1), "b + 1")
-    return tile_scheduler_metadata, num_splits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,13 +157,16 @@ class DecodeConfig:
     sliding_window: int | None
     logits_soft_cap: float | None
     split_q: bool  # q is the pair (q_nope, q_rope)
+    paged: bool  # there is a block_table
     planned: bool  # the metadata are the last two operands
     implementation: str | None
 
     def split_operands(self, operands):
-        """Returns `(q parts, (k_cache, block_table, cache_seqlens), metadata)`."""
+        """Returns `(q parts, (k_cache, block_table or None, cache_seqlens), metadata)`."""
         num_q = 2 if self.split_q else 1
-        return operands[:num_q], operands[num_q : num_q + 3], operands[num_q + 3 :]
+        q, k_cache, rest = operands[:num_q], operands[num_q], operands[num_q + 1 :]
+        block_table, rest = (rest[0], rest[1:]) if self.paged else (None, rest)
+        return q, (k_cache, block_table, rest[0]), rest[1:]
 
 
 def _result_types(q):
@@ -200,6 +177,7 @@ def _result_types(q):
 
 
 def _bind(*operands, config):
+    operands = [x for x in operands if x is not None]
     return decode_p.bind(*operands, config=config, devices=needs_devices())
 
 
@@ -215,9 +193,15 @@ def _abstract(*operands, config, devices=None):
 
 
 def _decode(*operands, config):
-    """Lowers the outer primitive: any number of group axes become one."""
-    _, (_, block_table, _), _ = config.split_operands(operands)
-    groups = block_table.shape[:-2]
+    """Lowers the outer primitive: any number of group axes become one, and all caches paged."""
+    q, (k_cache, block_table, cache_seqlens), metadata = config.split_operands(operands)
+    groups = cache_seqlens.shape[:-1]
+    if 0 in cache_seqlens.shape:  # no sequence, and an unpaged cache without a page
+        return tuple(jnp.zeros(*result) for result in _result_types(q[0]))
+    if not config.paged:
+        block_table = cache_layout.table_of_sequences(k_cache)
+        operands = *q, k_cache, block_table, cache_seqlens, *metadata
+        config = dataclasses.replace(config, paged=True)
     operands = [x.reshape(math.prod(groups), *x.shape[len(groups) :]) for x in operands]
     results = decode_local_p.bind(*operands, config=config)
     return tuple(result.reshape(*groups, *result.shape[1:]) for result in results)
@@ -236,27 +220,32 @@ def _decode_lowering(ctx, *operands, config, devices):
     def divide(specs):
         *groups, batch, _, heads, _ = specs[0]
         kv_heads = specs[len(q)][-2]
-        specs = partition.divide(groups, batch, heads if one_kv_head else kv_heads, kv_heads)
+        heads = heads if one_kv_head else kv_heads
+        specs = partition.divide(groups, batch, heads, kv_heads, config.paged)
 
         def part(*operands):
             if specs.whole_groups:
                 return _decode(*operands, config=config)
-            q, rest, _ = config.split_operands(operands)
-            return _decode(*q, *rest, config=dataclasses.replace(config, planned=False))
+            operands = operands[: len(operands) - len(metadata)]
+            return _decode(*operands, config=dataclasses.replace(config, planned=False))
 
-        rest = specs.k_cache, specs.block_table, specs.cache_seqlens
+        table = [specs.block_table] if config.paged else []
+        rest = specs.k_cache, *table, specs.cache_seqlens
         in_specs = (*[specs.q] * len(q), *rest, *[specs.metadata] * len(metadata))
         return part, in_specs, (specs.out, specs.lse)
 
-    rule = partition.decode_rule(k_cache.ndim - 4, len(q), config.planned, one_kv_head)
+    rule = partition.decode_rule(
+        k_cache.ndim - 4, len(q), config.paged, config.planned, one_kv_head
+    )
     return lower_on_mesh(ctx, operands, functools.partial(_decode, config=config), rule, divide)
 
 
 def _batcher(operands, dims, *, config, devices):
-    """Never touches the pool's pages.
+    """Never touches the rows of the cache.
 
-    Pool mapped: the mapped axis becomes one more group axis. Pool not mapped: it is folded into the
-    batch, and the metadata, which was planned for the batch of one example, is dropped.
+    Cache mapped: the mapped axis becomes one more group axis. Cache not mapped: it is folded into
+    the batch, with the page table that an unpaged cache then needs, and the metadata, which was
+    planned for the batch of one example, is dropped.
     """
     del devices
     q, (k_cache, block_table, cache_seqlens), metadata = config.split_operands(operands)
@@ -264,6 +253,8 @@ def _batcher(operands, dims, *, config, devices):
     size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
 
     def to_axis(x, dim, axis):
+        if x is None:
+            return None
         if dim is None:
             return jnp.broadcast_to(
                 jnp.expand_dims(x, axis), (*x.shape[:axis], size, *x.shape[axis:])
@@ -284,6 +275,8 @@ def _batcher(operands, dims, *, config, devices):
         )
         return outs, [0, 0]
 
+    if not config.paged:
+        block_table = cache_layout.table_of_sequences(k_cache)
     axis = k_cache.ndim - 4  # the batch follows the group axes
 
     def fold(x, dim):
@@ -295,7 +288,7 @@ def _batcher(operands, dims, *, config, devices):
         k_cache,
         fold(block_table, table_dim),
         fold(cache_seqlens, lengths_dim),
-        config=dataclasses.replace(config, planned=False),
+        config=dataclasses.replace(config, paged=True, planned=False),
     )
     example_lengths = [n for i, n in enumerate(cache_seqlens.shape) if i != lengths_dim]
     batch = (size, example_lengths[-1])
@@ -346,6 +339,7 @@ def partial_types(slots, rows):
 
 def _decode_local_cuda(*operands, config):
     q, (k_cache, block_table, cache_seqlens), metadata = config.split_operands(operands)
+    k_cache, block_table = cache_layout.cut_for_kernel(k_cache, block_table)
     groups, batch, s_q, h_q, _ = q[0].shape
     h_kv = k_cache.shape[3]
     rows = s_q * h_q // h_kv
@@ -380,8 +374,10 @@ _kernel_lowering = lower_as_jax(_decode_local_cuda)
 
 
 def _cuda_lowering(ctx, *operands, config):
+    _, (k_cache, *_), _ = config.split_operands(ctx.avals_in)
     chosen = native.chosen_implementation("decode", config.implementation)
-    lowering = _kernel_lowering if chosen == "cuda" else _accelerator_lowering
+    fits = cache_layout.kernel_page_size(k_cache.shape[2]) is not None
+    lowering = _kernel_lowering if chosen == "cuda" and fits else _accelerator_lowering
     return lowering(ctx, *operands, config=config)
 
 

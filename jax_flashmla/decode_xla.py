@@ -1,7 +1,7 @@
-"""MLA decode in plain JAX, for every platform: walks the pages with an online softmax.
+"""MLA decode in plain JAX, for every platform: walks the keys with an online softmax.
 
 A plain version gathers all pages that the table could hold and multiplies with the result. This one
-reads a few pages of every sequence at a time, keeps a running maximum, sum and output per row, and
+reads some tokens of every sequence at a time, keeps a running maximum, sum and output per row, and
 stops after the longest sequence, so that memory stays small and work follows the lengths.
 """
 
@@ -11,12 +11,12 @@ import jax.export
 import jax.numpy as jnp
 from jax import lax
 
-from jax_flashmla.arguments import LATENT_DIM
+from jax_flashmla.arguments import HEAD_DIM, LATENT_DIM
 
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
-    """How a platform walks the pages."""
+    """How a platform walks the keys."""
 
     tokens_per_step: int  # at most, over all sequences together
     # At least; so that a step's temporaries (pages, their scores and weights, copies in other
@@ -31,6 +31,8 @@ ACCELERATOR_WALK = Walk(tokens_per_step=2**20, steps_per_table=16, compute_dtype
 # run time on bfloat16 operands (jaxlib 0.10 to 0.12: "Unsupported element type for
 # DotThunk::Execute: BF16 x BF16 = F32").
 CPU_WALK = Walk(tokens_per_step=2048, steps_per_table=64, compute_dtype=jnp.float32)
+
+MAX_PIECE = 64  # tokens; larger pages are read in pieces, so that steps stay as small
 
 # Where a row has seen no key yet. Finite, so that exp(-inf - start) is 0 and never NaN.
 START_MAX = float(jnp.finfo(jnp.float32).min)
@@ -52,7 +54,7 @@ def decode_xla(
 
     Args:
       q: a tuple of arrays `[b, s_q, h_q, .]` that together have the cache's 576 columns.
-      k_cache: `[num_blocks, page, h_kv, 576]`.
+      k_cache: `[num_blocks, page, h_kv, width]`: rows of 576 columns, and perhaps padding.
       block_table: `[b, max_blocks]` int32.
       cache_seqlens: `[b]` int32.
       softmax_scale: float.
@@ -85,21 +87,21 @@ def decode_xla(
     # [b, 1 or s_q]: the first key that it may see.
     start = jnp.maximum(visible - sliding_window, 0) if sliding_window else jnp.zeros_like(visible)
 
-    pages_per_step = walk.tokens_per_step // (max(_extent(batch, 32), 1) * page)
-    pages_per_step = max(1, min(pages_per_step, _extent(max_blocks, 256) // walk.steps_per_table))
-    tokens = pages_per_step * page
+    piece = _piece_of(page)
+    first_rows, pieces = _rows_of_pieces(block_table, num_blocks, page, piece)
+    per_step = walk.tokens_per_step // (max(_extent(batch, 32), 1) * piece)
+    per_step = max(1, min(per_step, _extent(pieces, 256) // walk.steps_per_table))
+    tokens = per_step * piece
     # Written so that a symbolic extent is known to have room for a step.
-    padded = (max_blocks + pages_per_step - 1) // pages_per_step * pages_per_step
-    block_table = jnp.pad(block_table, ((0, 0), (0, padded - max_blocks)))
+    padded = (pieces + per_step - 1) // per_step * per_step
+    first_rows = jnp.pad(first_rows, ((0, 0), (0, padded - pieces)))
 
     def attend_to_some_pages(step, carry):
         row_max, row_sum, out = carry
         positions = step * tokens + jnp.arange(tokens, dtype=jnp.int32)
-        page_ids = lax.dynamic_slice_in_dim(
-            block_table, step * pages_per_step, pages_per_step, axis=1
-        )
-        keys = _gather_pages(k_cache, page_ids, step)
-        in_pool = jnp.repeat((page_ids >= 0) & (page_ids < num_blocks), page, axis=1)
+        firsts = lax.dynamic_slice_in_dim(first_rows, step * per_step, per_step, axis=1)
+        keys = _gather_rows(k_cache, firsts, piece, step)
+        in_pool = jnp.repeat(firsts >= 0, piece, axis=1)
         readable = in_pool & (positions < lengths[:, None]) & (positions >= start[:, :1])
         # Zeros, not only masked scores: 0 * NaN would let a poisoned tail into the output.
         keys = jnp.where(readable[..., None, None], keys, 0).astype(compute_dtype)
@@ -152,21 +154,56 @@ def _extent(size, guess):
     return guess if jax.export.is_symbolic_dim(size) else size
 
 
-def _gather_pages(k_cache, page_ids, step):
-    """Reads pages `page_ids [b, n]`: `[b, n * page, h_kv, 576]`. Ids outside the pool are clamped.
+def _piece_of(page):
+    """The most tokens, up to MAX_PIECE, into which a page can be cut without a rest."""
+    if jax.export.is_symbolic_dim(page):  # of which a power of two may be known to be a factor
+        candidates = [2**i for i in range(MAX_PIECE.bit_length())]
+    else:
+        candidates = range(1, MAX_PIECE + 1)
+    return max(piece for piece in candidates if page % piece == 0)
+
+
+def _rows_of_pieces(block_table, num_blocks, page, piece):
+    """The first rows `[b, n]`, in the pool, of the pieces of each sequence, and `n`.
+
+    A piece of a page outside the pool has -1.
+    """
+    batch, max_blocks = block_table.shape
+    in_pool = (block_table >= 0) & (block_table < num_blocks)
+    first_rows = jnp.where(in_pool, block_table, 0) * page
+    pieces = page // piece
+    first_rows = first_rows[..., None] + piece * jnp.arange(pieces, dtype=jnp.int32)
+    first_rows = jnp.where(in_pool[..., None], first_rows, -1)
+    return first_rows.reshape(batch, max_blocks * pieces), max_blocks * pieces
+
+
+def _gather_rows(k_cache, firsts, count, step):
+    """Reads `count` rows from each of `firsts [b, n]` on: `[b, n * count, h_kv, 576]`.
 
     The barrier and the bitcast keep XLA:CPU (jaxlib 0.10) from gathering in float32 and hoisting a
     float32 copy of the whole pool out of the loop: the barrier ties the pool to the loop's step,
-    and a gather of 16-bit integers is left as it is.
+    and a gather of 16-bit integers is left as it is. The pool becomes an array of rows without an
+    axis of extent 1, about whose place in a layout XLA:CPU might disagree with itself and copy.
     """
-    batch, pages = page_ids.shape
+    batch, pieces = firsts.shape
     num_blocks, page, h_kv, width = k_cache.shape
-    pool, _ = lax.optimization_barrier((k_cache, step))
+    heads = (h_kv,) if h_kv > 1 else ()
+    pool = k_cache.reshape(num_blocks * page, *heads, width)
+    pool, _ = lax.optimization_barrier((pool, step))
     pool = lax.bitcast_convert_type(pool, jnp.uint16)
-    page_ids = jnp.clip(page_ids, 0, num_blocks - 1)
-    keys = pool.at[page_ids].get(mode="promise_in_bounds")
+    keys = lax.gather(
+        pool,
+        jnp.maximum(firsts, 0)[..., None],
+        lax.GatherDimensionNumbers(
+            offset_dims=tuple(range(2, 2 + pool.ndim)),
+            collapsed_slice_dims=(),
+            start_index_map=(0,),
+        ),
+        slice_sizes=(count, *heads, HEAD_DIM),
+        mode="promise_in_bounds",
+    )
     keys = lax.bitcast_convert_type(keys, k_cache.dtype)
-    return keys.reshape(batch, pages * page, h_kv, width)
+    return keys.reshape(batch, pieces * count, h_kv, HEAD_DIM)
 
 
 def _split_columns(keys, q):

@@ -41,9 +41,10 @@ def get_mla_metadata(
 ) -> MLAMetadata:
     """Plans which thread-block partition works on which 64-token blocks of which sequence.
 
-    The plan depends on the lengths and head counts only: make it once per step and share it between
-    layers. Results of the decode never depend on it, only its speed does. The name and the first
-    arguments are FlashMLA's; the balancing is described in `jax_flashmla.planner`.
+    The plan depends on the lengths and head counts only, whatever the cache's pages: make it once
+    per step and share it between layers. Results of the decode never depend on it, only its speed
+    does. The name and the first arguments are FlashMLA's; the balancing is described in
+    `jax_flashmla.planner`.
 
     Args:
       cache_seqlens: `[*G, b]` int32, valid tokens of each sequence.

@@ -1,7 +1,8 @@
 """How decode and append are divided over a mesh, with nothing to exchange.
 
-Plans are divided by groups, decode by groups, batch and heads, append by groups and KV heads.
-Everything else (query tokens, columns, pages) is whole on every device. On meshes with explicit
+Plans are divided by groups, decode by groups, batch and heads, append by groups and KV heads, and
+by the batch if the cache is unpaged. Everything else (query tokens, columns, pages) is whole on
+every device. On meshes with explicit
 axes shardings are part of types, and what does not fit is refused while tracing. On others XLA
 propagates them by the rules here, and gathers what does not fit.
 """
@@ -25,10 +26,11 @@ class DecodeSpecs(NamedTuple):
     whole_groups: bool  # neither batch nor heads are divided
 
 
-def decode_rule(num_groups: int, num_q: int, planned: bool, divide_heads: bool):
+def decode_rule(num_groups: int, num_q: int, paged: bool, planned: bool, divide_heads: bool):
     """Shardy's rule for decode, and the axes of it that stay whole."""
     q = ["b s h d", "b s h r"][:num_q]
-    operands = [*q, "p t u e", "b n", "b", *(["m c", "k"] if planned else [])]
+    cache = ["p t u e", "b n"] if paged else ["b t u e"]
+    operands = [*q, *cache, "b", *(["m c", "k"] if planned else [])]
     return _rule(num_groups, operands, ["b s h v", "b h s"], "bh" if divide_heads else "b")
 
 
@@ -37,9 +39,11 @@ def plan_rule(num_groups: int):
     return _rule(num_groups, ["b"], ["m c", "k"], "")
 
 
-def append_rule(num_groups: int):
+def append_rule(num_groups: int, paged: bool):
     """Shardy's rule for append, and the axes of it that stay whole."""
-    return _rule(num_groups, ["p t u e", "b s u e", "b n", "b"], ["p t u e"], "u")
+    if paged:
+        return _rule(num_groups, ["p t u e", "b s u r", "b n", "b"], ["p t u e"], "u")
+    return _rule(num_groups, ["b t u e", "b s u r", "b"], ["b t u e"], "bu")
 
 
 def _rule(num_groups, operands, results, divided):
@@ -58,7 +62,7 @@ def decode_specs(q, k_cache, block_table, cache_seqlens) -> DecodeSpecs:
       q: the abstract values of q's parts, one or two.
       k_cache: and
       block_table: and
-      cache_seqlens: those of the other operands.
+      cache_seqlens: those of the other operands; no table: the cache is unpaged.
 
     Raises:
       ValueError: an operand is sharded in a way that would need data of other devices.
@@ -71,7 +75,10 @@ def decode_specs(q, k_cache, block_table, cache_seqlens) -> DecodeSpecs:
         _refuse("q_rope", q[-1], f"the sharding of q_nope, {q[0].sharding.spec}")
 
     *pool_groups, pages, tokens, kv_heads, width = spec_of(k_cache)
-    if pages is not None:
+    if block_table is None:
+        if pages != batch:  # they are sequences
+            _refuse("k_cache", k_cache, f"b sharded as {name}'s, {q[0].sharding.spec}")
+    elif pages is not None:
         _refuse(
             "k_cache",
             k_cache,
@@ -79,13 +86,16 @@ def decode_specs(q, k_cache, block_table, cache_seqlens) -> DecodeSpecs:
             "axes, each group with a pool and ids of its own, or see context_parallel)",
         )
     if tokens is not None or width is not None:
-        _refuse("k_cache", k_cache, "only group axes and h_kv to be sharded")
+        axes = "group axes and h_kv" if block_table is not None else "group axes, b and h_kv"
+        _refuse("k_cache", k_cache, f"only {axes} to be sharded")
     if pool_groups != groups:
         _refuse("k_cache", k_cache, f"group axes sharded as {name}'s, {q[0].sharding.spec}")
     if kv_heads != (heads if k_cache.shape[-2] > 1 else None):
         _refuse("k_cache", k_cache, f"h_kv sharded as {name}'s h_q, {q[0].sharding.spec}")
 
     for operand_name, operand in (("block_table", block_table), ("cache_seqlens", cache_seqlens)):
+        if operand is None:
+            continue
         spec = spec_of(operand)
         batch_axis = len(groups)
         if spec[:batch_axis] != tuple(groups):
@@ -95,14 +105,14 @@ def decode_specs(q, k_cache, block_table, cache_seqlens) -> DecodeSpecs:
         if any(entry is not None for entry in spec[batch_axis + 1 :]):
             _refuse(operand_name, operand, "max_blocks not to be sharded")
 
-    return divide(groups, batch, heads, kv_heads)
+    return divide(groups, batch, heads, kv_heads, block_table is not None)
 
 
-def divide(groups: Sequence, batch, heads, kv_heads=None) -> DecodeSpecs:
+def divide(groups: Sequence, batch, heads, kv_heads, paged: bool) -> DecodeSpecs:
     """The specs for these mesh axes of the group axes, the batch, and the heads."""
     return DecodeSpecs(
         q=PartitionSpec(*groups, batch, None, heads, None),
-        k_cache=PartitionSpec(*groups, None, None, kv_heads, None),
+        k_cache=PartitionSpec(*groups, None if paged else batch, None, kv_heads, None),
         block_table=PartitionSpec(*groups, batch, None),
         cache_seqlens=PartitionSpec(*groups, batch),
         metadata=PartitionSpec(*groups),
@@ -121,33 +131,33 @@ def divide_plan(groups: Sequence) -> tuple[PartitionSpec, ...]:
     )
 
 
-def append_specs(k_cache, new_kv, block_table, cache_seqlens) -> tuple[PartitionSpec, ...]:
+def append_specs(k_cache, new_kv, *table_and_lengths) -> tuple[PartitionSpec, ...]:
     """How to divide an append whose operands are sharded: specs of the operands; the first is the
-    result's.
+    result's. Without a table the cache is unpaged.
 
     Raises:
       ValueError: an operand is sharded in a way that would need data of other devices.
     """
+    paged = len(table_and_lengths) == 2
     *groups, pages, tokens, kv_heads, width = spec_of(k_cache)
-    if (pages, tokens, width) != (None, None, None):
-        _refuse("k_cache", k_cache, "only group axes and h_kv to be sharded")
-    specs = divide_append(groups, kv_heads)
-    names = "new_kv", "block_table", "cache_seqlens"
-    operands = zip(names, (new_kv, block_table, cache_seqlens), specs[1:], strict=True)
+    if (paged and pages is not None) or (tokens, width) != (None, None):
+        axes = "group axes and h_kv" if paged else "group axes, b and h_kv"
+        _refuse("k_cache", k_cache, f"only {axes} to be sharded")
+    specs = divide_append(groups, pages, kv_heads, paged)
+    names = "new_kv", *(["block_table"] if paged else []), "cache_seqlens"
+    operands = zip(names, (new_kv, *table_and_lengths), specs[1:], strict=True)
     for name, operand, spec in operands:
         if spec_of(operand) != tuple(spec):
             _refuse(name, operand, f"{spec}, to fit k_cache's {k_cache.sharding.spec}")
     return specs
 
 
-def divide_append(groups: Sequence, kv_heads) -> tuple[PartitionSpec, ...]:
-    """The specs for these mesh axes of the group axes and the KV heads."""
-    return (
-        PartitionSpec(*groups, None, None, kv_heads, None),
-        PartitionSpec(*groups, None, None, kv_heads, None),
-        PartitionSpec(*groups, None, None),
-        PartitionSpec(*groups, None),
-    )
+def divide_append(groups: Sequence, batch, kv_heads, paged: bool) -> tuple[PartitionSpec, ...]:
+    """The specs for these mesh axes of the group axes, an unpaged cache's batch, the KV heads."""
+    rows = PartitionSpec(*groups, None if paged else batch, None, kv_heads, None)
+    if paged:
+        return rows, rows, PartitionSpec(*groups, None, None), PartitionSpec(*groups, None)
+    return rows, rows, PartitionSpec(*groups, batch)
 
 
 def spec_of(aval) -> tuple:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from jax_flashmla import append_kv_cache, flash_mla_with_kvcache
 from tests import oracle, problems
+from tests.oracle import append as append_in_numpy
 from tests.support import assert_same_bits, skip_if_scatters_copy
 
 PAGE = 64
@@ -16,20 +17,6 @@ PAGE = 64
 
 def draw(rng, shape, dtype=jnp.bfloat16):
     return rng.standard_normal(shape, np.float32).astype(dtype)
-
-
-def append_in_numpy(k_cache, new_kv, block_table, cache_seqlens):
-    """One group: the contract, row by row."""
-    k_cache = k_cache.copy()
-    batch, s_q = new_kv.shape[:2]
-    for i in range(batch):
-        for token in range(s_q):
-            position = int(cache_seqlens[i]) - s_q + token
-            if 0 <= position < block_table.shape[1] * PAGE:
-                page = block_table[i, position // PAGE]
-                if 0 <= page < len(k_cache):
-                    k_cache[page, position % PAGE] = new_kv[i, token]
-    return k_cache
 
 
 class AppendTest(parameterized.TestCase):
@@ -85,6 +72,17 @@ class AppendTest(parameterized.TestCase):
         got = rows(parts[0][0], jnp.stack([parts[0][1], parts[1][1]]), *parts[0][2:])
         assert_same_bits(got[1], append_in_numpy(parts[0][0], parts[1][1], *parts[0][2:]))
 
+    def test_vmap_of_an_unpaged_cache(self):
+        pools, new_kv = draw(self.rng, (2, 3, 80, 1, 576)), draw(self.rng, (2, 3, 2, 1, 576))
+        lengths = np.array([[0, 1, 80], [65, 81, 17]], np.int32)
+        table = np.arange(3)[:, None]
+        mapped = jax.vmap(lambda *x: append_kv_cache(x[0], x[1], None, x[2]))
+        got = mapped(pools, new_kv, lengths)
+        rows = jax.vmap(lambda x: append_kv_cache(pools[0], x, None, lengths[0]))(new_kv)
+        for i in range(2):
+            assert_same_bits(got[i], append_in_numpy(pools[i], new_kv[i], table, lengths[i]))
+            assert_same_bits(rows[i], append_in_numpy(pools[0], new_kv[i], table, lengths[0]))
+
     def test_an_empty_batch(self):
         k_cache = draw(self.rng, (2, PAGE, 1, 576))
         empty = jnp.zeros((0, 1, 1, 576), k_cache.dtype), jnp.zeros((0, 3), jnp.int32)
@@ -134,24 +132,29 @@ class ErrorsTest(parameterized.TestCase):
         (
             "page_size",
             0,
-            (9, 32, 1, 576),
+            (9, 48, 1, 576),
             jnp.bfloat16,
             ValueError,
-            r"64, h_kv, 576\], got \[9, 32",
+            "k_cache: expected pages of 1, 16, .* or 1024 tokens, got 48",
         ),
+        ("width", 0, (9, 64, 1, 577), jnp.bfloat16, ValueError, "k_cache: .*of 8, got width 577"),
         ("rows_dtype", 1, (5, 1, 1, 576), jnp.float16, TypeError, "new_kv: expected k_cache's"),
         ("rows_heads", 1, (5, 1, 2, 576), jnp.bfloat16, ValueError, r"new_kv: .*got \[5, 1, 2"),
         ("rows_rank", 1, (5, 1, 576), jnp.bfloat16, ValueError, "new_kv: expected shape"),
         ("table_batch", 2, (4, 7), jnp.int32, ValueError, r"block_table: .*\[5, max_blocks\]"),
         ("table_dtype", 2, (5, 7), jnp.uint32, TypeError, "block_table: expected dtype int32"),
         ("table_empty", 2, (5, 0), jnp.int32, ValueError, "block_table: .*one column"),
+        ("unpaged_batch", 2, None, None, ValueError, r"new_kv: .*\[9, s_q, 1, 576\] \(all but s_q"),
         ("lengths", 3, (4,), jnp.int32, ValueError, r"cache_seqlens: expected shape \[5\]"),
     )
     def test_bad_argument(self, index, shape, dtype, error, message):
         shapes = [(9, 64, 1, 576), (5, 1, 1, 576), (5, 7), (5,)]
         dtypes = [jnp.bfloat16, jnp.bfloat16, jnp.int32, jnp.int32]
         shapes[index], dtypes[index] = shape, dtype
-        operands = [jax.ShapeDtypeStruct(s, t) for s, t in zip(shapes, dtypes, strict=True)]
+        operands = [
+            None if s is None else jax.ShapeDtypeStruct(s, t)
+            for s, t in zip(shapes, dtypes, strict=True)
+        ]
         with self.assertRaisesRegex(error, message):
             jax.eval_shape(append_kv_cache, *operands)
 

@@ -20,6 +20,7 @@ class ContextParallelTest(MeshTest):
 
     def spread(self, problem, devices, split, max_blocks):
         """Pools and tables of all devices: pages in random order, everything else NaN."""
+        page = problem.k_cache.shape[1]
         batch = len(problem.cache_seqlens)
         pages = batch * max_blocks + 2
         pools = np.full((devices, pages, *problem.k_cache.shape[1:]), np.nan, problem.q.dtype)
@@ -27,7 +28,7 @@ class ContextParallelTest(MeshTest):
         for device in range(devices):
             free = iter(self.rng.permutation(pages))
             for i, length in enumerate(problem.cache_seqlens):
-                for j in range(-(-int(length) // PAGE)):
+                for j in range(-(-int(length) // page)):
                     if split == "interleaved":
                         owner, local = j % devices, j // devices
                     else:
@@ -42,10 +43,19 @@ class ContextParallelTest(MeshTest):
         split=context_parallel.SPLITS, s_q=(1, 3), causal=(False, True), h_kv=(1, 2)
     )
     def test_decode(self, split, s_q, causal, h_kv):
+        self.check_decode(split, s_q, causal, h_kv)
+
+    @parameterized.product(split=context_parallel.SPLITS, page=((1, 576, 260), (128, 640, 3)))
+    def test_decode_pages_and_widths(self, split, page):
+        self.check_decode(split, 3, True, 1, *page)
+
+    def check_decode(self, split, s_q, causal, h_kv, page=PAGE, width=576, max_blocks=5):
+        # By default 4 devices x 5 pages x 64 tokens: room for the longest.
         mesh = make_mesh((4, 2), ("context", "model"))
         lengths = [0, 1, 2, 63, 64, 65, 66, 129, 257, 258, 1000]
-        problem = problems.make_problem(self.rng, lengths, s_q=s_q, h_q=4 * h_kv, h_kv=h_kv)
-        max_blocks = 5  # 4 devices x 5 pages x 64 tokens: room for the longest
+        problem = problems.make_problem(
+            self.rng, lengths, s_q=s_q, h_q=4 * h_kv, h_kv=h_kv, page=page, width=width
+        )
         pools, tables = self.spread(problem, 4, split, max_blocks)
 
         def body(q, pools, tables, lengths):
@@ -75,18 +85,19 @@ class ContextParallelTest(MeshTest):
         # Partial results are rounded to 16 bits before they are merged.
         self.assertLessEqual(error, 3 * scale + 2**-7 * np.abs(want[0]).max())
 
-    @parameterized.product(split=context_parallel.SPLITS, s_q=(1, 3))
-    def test_append_then_decode(self, split, s_q):
+    @parameterized.product(split=context_parallel.SPLITS, case=((1, 64, 2), (3, 64, 2), (3, 16, 6)))
+    def test_append_then_decode(self, split, case):
+        s_q, page, max_blocks = case
         mesh = make_mesh((8,), ("context",))
         lengths = [0, s_q, 64, 66, 129, 700]
-        problem = problems.make_problem(self.rng, lengths, s_q=s_q)
-        pools, tables = self.spread(problem, 8, split, max_blocks=2)
+        problem = problems.make_problem(self.rng, lengths, s_q=s_q, page=page)
+        pools, tables = self.spread(problem, 8, split, max_blocks)
         new_kv = np.zeros((len(lengths), s_q, 1, 576), pools.dtype)
         for i, length in enumerate(lengths):
             for token, position in enumerate(range(length - s_q, length)):
                 if position >= 0:
-                    page, row = problem.block_table[i, position // PAGE], position % PAGE
-                    new_kv[i, token] = problem.k_cache[page, row]
+                    page_id = problem.block_table[i, position // page]
+                    new_kv[i, token] = problem.k_cache[page_id, position % page]
         stale = pools.copy()  # without the newest rows
         stale[(stale[..., None, :] == new_kv.reshape(-1, 576)).all(-1).any(-1)] = np.nan
 
@@ -134,6 +145,32 @@ class ContextParallelTest(MeshTest):
         longer = problem.cache_seqlens + np.array([1, 1000, 0], np.int32)
         got = run(problem.q, pools, tables, longer)
         self.assert_close(got, oracle.decode(*problem.arrays, causal=True))
+
+    def test_an_unpaged_cache_is_refused(self):
+        q, k_cache = (
+            jnp.zeros((2, 1, 4, 576), jnp.bfloat16),
+            jnp.zeros((2, 64, 1, 576), jnp.bfloat16),
+        )
+        message = "block_table: expected an array, since .* spread over devices in pages, got None"
+        with self.assertRaisesRegex(ValueError, message):
+            context_parallel.decode(q, k_cache, None, jnp.zeros(2, jnp.int32), axis_name="x")
+        with self.assertRaisesRegex(ValueError, message):
+            rows = jnp.zeros((2, 1, 1, 576), jnp.bfloat16)
+            context_parallel.append(k_cache, rows, None, jnp.zeros(2, jnp.int32), axis_name="x")
+
+    def test_bad_page_size(self):
+        with self.assertRaisesRegex(
+            ValueError, "page_block_size: expected pages of 1, 16, .*, got 48"
+        ):
+            jax.eval_shape(
+                jax.vmap(
+                    lambda n: context_parallel.local_seqlens(
+                        n, 4, axis_name="x", page_block_size=48
+                    ),
+                    axis_name="x",
+                ),
+                jnp.zeros(4, jnp.int32),
+            )
 
     def test_bad_split(self):
         with self.assertRaisesRegex(ValueError, "split: expected one of .*got 'even'"):

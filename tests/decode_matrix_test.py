@@ -14,6 +14,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from jax_flashmla import get_mla_metadata, native
+from jax_flashmla.cache_layout import KERNEL_PAGE_SIZES
 from jax_flashmla.decode import partial_types
 from tests import problems, support
 
@@ -58,6 +59,8 @@ def launch(arrays, metadata, h_kv, causal, **options):
         h_q=h_q,
         h_kv=h_kv,
         num_blocks=k_cache.shape[0],
+        page_tokens=k_cache.shape[1],
+        key_stride=k_cache.shape[3],
         max_blocks=table.shape[1],
         num_parts=parts,
         slots=slots,
@@ -92,6 +95,16 @@ class DecodeMatrixTest(parameterized.TestCase):
             shared = [jnp.asarray(x) for x in problem.arrays[1:]]
             for h_q in (h for h in HEADS if h % h_kv == 0):
                 self.check_heads(shared, s_q, h_q, h_kv)
+
+    @parameterized.product(page=KERNEL_PAGE_SIZES, width=(576, 584, 640), s_q=(1, 3), h_kv=(1, 2))
+    def test_page_sizes_and_widths(self, page, width, s_q, h_kv):
+        lengths = [0, 1, page - 1, page, page + 1, 63, 64, 65, 3 * page + 70, 3000]
+        problem = problems.make_problem(
+            self.rng, lengths, s_q=s_q, h_kv=h_kv, h_q=h_kv, page=page, width=width
+        )
+        shared = [jnp.asarray(x) for x in problem.arrays[1:]]
+        for h_q in (h for h in HEADS if h % h_kv == 0):
+            self.check_heads(shared, s_q, h_q, h_kv)
 
     def check_heads(self, shared, s_q, h_q, h_kv):
         batch = shared[-1].shape[0]

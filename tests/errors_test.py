@@ -32,6 +32,7 @@ GROUPED = {
     "block_table": ints((7, 2, 5)),
     "cache_seqlens": ints((7, 2)),
 }
+UNPAGED = {"k_cache": zeros((2, 80, 2, 576)), "block_table": None}
 
 DECODE_ERRORS = [
     # q
@@ -67,12 +68,49 @@ DECODE_ERRORS = [
     (
         dict(k_cache=zeros((3, 64, 576))),
         ValueError,
-        r"k_cache: expected shape \[num_blocks, 64, h_",
+        r"k_cache: expected shape \[num_blocks, page_block_size, h_kv, width\], got \[3, 64, 576\]",
     ),
-    (dict(k_cache=zeros((3, 32, 2, 576))), ValueError, r"\[num_blocks, 64, h_kv, 576\], got .*32"),
-    (dict(k_cache=zeros((3, 64, 2, 512))), ValueError, r"\[num_blocks, 64, h_kv, 576\], got .*512"),
+    *[
+        (
+            dict(k_cache=zeros((3, page, 2, 576))),
+            ValueError,
+            f"k_cache: expected pages of 1, 16, 32, 64, 128, 256, 512 or 1024 tokens, got {page}$",
+        )
+        for page in (0, 8, 48, 2048)
+    ],
+    *[
+        (
+            dict(k_cache=zeros((3, 64, 2, width))),
+            ValueError,
+            f"k_cache: expected rows of 576 columns.*a multiple of 8, got width {width}$",
+        )
+        for width in (512, 570, 577)
+    ],
     (dict(k_cache=zeros((0, 64, 2, 576))), ValueError, "k_cache: expected at least one page"),
     (dict(k_cache=zeros((3, 64, 0, 576))), ValueError, "got h_q 4 and h_kv 0"),
+    # an unpaged k_cache
+    (
+        UNPAGED | dict(k_cache=zeros((3, 80, 2, 576))),
+        ValueError,
+        r"k_cache: expected shape \[2, max_len, h_kv, width\] \(b as q's\), got \[3, 80, 2, 576\]",
+    ),
+    (
+        UNPAGED | dict(k_cache=zeros((2, 80, 576))),
+        ValueError,
+        r"k_cache: expected shape \[2, max_len, h_kv, width\] \(b as q's\), got \[2, 80, 576\]",
+    ),
+    (
+        UNPAGED | dict(k_cache=zeros((2, 0, 2, 576))),
+        ValueError,
+        "k_cache: expected room for at least one token, got max_len 0",
+    ),
+    (UNPAGED | dict(k_cache=zeros((2, 80, 2, 570))), ValueError, "k_cache: .* got width 570"),
+    (UNPAGED | dict(cache_seqlens=ints((3,))), ValueError, r"cache_seqlens: .* \[2\] .* \[3\]"),
+    (
+        GROUPED | dict(block_table=None),
+        ValueError,
+        r"k_cache: expected shape \[7, 2, .* \(group axes \[7\] and b as q's\), got \[7, 3,",
+    ),
     # block_table, cache_seqlens
     (dict(block_table=zeros((2, 5), jnp.float32)), TypeError, "block_table: expected dtype int32"),
     (dict(block_table=ints((3, 5))), ValueError, r"block_table: expected shape \[2, max_blocks\]"),
@@ -166,6 +204,7 @@ class ErrorsTest(parameterized.TestCase):
         flash_mla_with_kvcache(**(VALID | PLAN))
         flash_mla_with_kvcache(**(VALID | dict(q=Q_PAIR)))
         flash_mla_with_kvcache(**GROUPED)
+        flash_mla_with_kvcache(**(VALID | UNPAGED))
 
     @parameterized.parameters(*DECODE_ERRORS)
     def test_decode(self, change, error, message):

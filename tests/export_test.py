@@ -151,6 +151,21 @@ class ExportTest(parameterized.TestCase):
             args = problem.k_cache, new_kv, *problem.arrays[2:]
             support.assert_same_bits(loaded.call(*args), append_kv_cache(*args))
 
+    @parameterized.parameters("b, m, _, _", "b, 16*m, _, _")
+    def test_unpaged_cache_of_any_length(self, cache):
+        def decode(q, k_cache, lengths):
+            return flash_mla_with_kvcache(q, k_cache, None, lengths, causal=True)
+
+        problem = problems.make_unpaged_problem(self.rng, [3, 16], 16)
+        args = problem.q, problem.k_cache, problem.cache_seqlens
+        types = jax.export.symbolic_args_specs(args, ("b, _, _, _", cache, "b"))
+        exported = jax.export.export(jax.jit(decode), platforms=["cpu"])(*types)
+        loaded = jax.export.deserialize(exported.serialize())
+        for lengths, max_len in (([80], 80), ([3, 0, 200, 64], 208)):
+            problem = problems.make_unpaged_problem(self.rng, lengths, max_len)
+            got = loaded.call(problem.q, problem.k_cache, problem.cache_seqlens)
+            self.assert_close(got, problem)
+
     @parameterized.parameters(False, True)
     def test_kernels(self, symbolic):
         problem = problems.make_problem(self.rng, [3, 0, 200, 64])

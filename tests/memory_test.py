@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl.testing import absltest
+from absl.testing import absltest, parameterized
 from jax import lax
 
 from jax_flashmla import append_kv_cache, flash_mla_with_kvcache, get_mla_metadata
@@ -51,7 +51,34 @@ def operands(pages):
     return [jax.ShapeDtypeStruct(*x) for x in zip(shapes, dtypes, strict=True)]
 
 
-class MemoryTest(absltest.TestCase):
+def as_it_is(pool, *rest):
+    return pool, *rest
+
+
+def packed(pool, *rest):
+    """Pages as JAX servers pack them, two tokens to 32 bits: `[pages, page / 2, 2, 640]`."""
+    pages, pairs, _, width = pool.shape
+    return pool.reshape(pages, 2 * pairs, 1, width), *rest
+
+
+def unpaged(pool, q, table, lengths):
+    del table
+    return pool, q, None, lengths
+
+
+LAYOUTS = (
+    (as_it_is, (PAGES, 64, 1, 576)),
+    (as_it_is, (PAGES * 64, 1, 1, 576)),
+    (as_it_is, (PAGES // 8, 512, 1, 576)),
+    (as_it_is, (PAGES, 64, 1, 640)),
+    (packed, (PAGES, 32, 2, 640)),
+    (packed, (PAGES * 4, 8, 2, 640)),
+    (unpaged, (BATCH, PAGES * 16, 1, 576)),
+    (unpaged, (BATCH, PAGES * 16 + 7, 1, 640)),
+)
+
+
+class MemoryTest(parameterized.TestCase):
     def check_donated(self, fun, args):
         support.skip_if_scatters_copy(self)
         memory = jax.jit(fun, donate_argnums=0).lower(*args).compile().memory_analysis()
@@ -60,14 +87,24 @@ class MemoryTest(absltest.TestCase):
         # Less than a tenth of one layer's pool.
         self.assertLess(memory.temp_size_in_bytes, PAGES * 64 * 576 * 2 / 10)
 
-    def test_decode(self):
-        pool, q, _, table, lengths = operands(PAGES)
-        memory = jax.jit(decode).lower(pool, q, table, lengths).compile().memory_analysis()
-        self.assertGreater(memory.argument_size_in_bytes, PAGES * 64 * 576 * 2)
+    @parameterized.parameters(*LAYOUTS)
+    def test_decode(self, layout, shape):
+        _, q, _, table, lengths = operands(PAGES)
+        pool = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+        fun = jax.jit(lambda *operands: decode(*layout(*operands)))
+        memory = fun.lower(pool, q, table, lengths).compile().memory_analysis()
+        self.assertGreaterEqual(memory.argument_size_in_bytes, PAGES * 64 * 576 * 2)
         self.assertLess(memory.temp_size_in_bytes, PAGES * 64 * 576 * 2 / 10)
 
-    def test_append_and_decode(self):
-        self.check_donated(append_and_decode, operands(PAGES))
+    @parameterized.parameters(*LAYOUTS)
+    def test_append_and_decode(self, layout, shape):
+        def step(pool, q, new_kv, table, lengths):
+            cache, q, table, lengths = layout(pool, q, table, lengths)
+            cache, *results = append_and_decode(cache, q, new_kv, table, lengths)
+            return cache.reshape(pool.shape), *results
+
+        _, *rest = operands(PAGES)
+        self.check_donated(step, (jax.ShapeDtypeStruct(shape, jnp.bfloat16), *rest))
 
     def test_scan_over_layers(self):
         self.check_donated(scan_over_layers, operands(LAYERS * PAGES))

@@ -71,6 +71,22 @@ class MultiGpuTest(parameterized.TestCase):
         self.check(got, problem.arrays)
 
     @parameterized.parameters(*AXIS_TYPES)
+    def test_an_unpaged_cache(self, axis_type):
+        lengths = self.rng.integers(0, 2049, 4 * len(self.gpus))
+        problem = problems.make_unpaged_problem(self.rng, lengths, 2048, s_q=2, h_q=128, width=640)
+        arrays = problem.q, problem.k_cache, problem.cache_seqlens
+        mesh = self.mesh(axis_type)
+        q, k_cache, lengths = put(mesh, arrays, [("x",)] * 3)
+        with jax.set_mesh(mesh):
+            compiled = decode.lower(q, k_cache, None, lengths, planned=True).compile()
+            got = decode(q, k_cache, None, lengths, planned=True)
+        self.assertEqual(collectives(compiled), [])
+        # Each decodes its part of the cache where it lies.
+        memory = compiled.memory_analysis()
+        self.assertLess(memory.argument_size_in_bytes, 2 * problem.k_cache.nbytes / len(self.gpus))
+        self.check(got, problem.arrays)
+
+    @parameterized.parameters(*AXIS_TYPES)
     def test_a_pool_each(self, axis_type):
         count = len(self.gpus)
         parts = [

@@ -1,4 +1,4 @@
-"""MLA decode in float64 NumPy, one sequence and one query token at a time."""
+"""MLA decode in float64 NumPy, one sequence and one query token at a time; append, row by row."""
 
 import numpy as np
 
@@ -16,9 +16,9 @@ def decode(
 ):
     """Returns out [b, s_q, h_q, 512] and lse [b, h_q, s_q], float64.
 
-    Reads only the valid part of what it is given. Page ids outside the pool read as zeros. With
-    `rounded_to`, a 16-bit dtype, weights and results are rounded to it: what a plain computation
-    would do, whose error sets the scale for others.
+    Reads only the valid part of what it is given, and 576 columns of it. Page ids outside the pool
+    read as zeros. With `rounded_to`, a 16-bit dtype, weights and results are rounded to it: what a
+    plain computation would do, whose error sets the scale for others.
     """
 
     def rounded(x):
@@ -27,17 +27,17 @@ def decode(
     q, block_table, cache_seqlens = (np.asarray(x) for x in (q, block_table, cache_seqlens))
     k_cache = np.asarray(k_cache)
     batch, s_q, h_q, _ = q.shape
-    num_blocks, page, h_kv, width = k_cache.shape
+    num_blocks, page, h_kv, _ = k_cache.shape
     heads_per_kv = h_q // h_kv
     out = np.zeros((batch, s_q, h_q, 512))
     lse = np.full((batch, h_q, s_q), -np.inf)
     for i in range(batch):
         length = int(np.clip(cache_seqlens[i], 0, block_table.shape[1] * page))
-        keys = np.zeros((length, h_kv, width))
+        keys = np.zeros((length, h_kv, 576))
         for start in range(0, length, page):
             page_id, stop = int(block_table[i, start // page]), min(start + page, length)
             if 0 <= page_id < num_blocks:
-                keys[start:stop] = k_cache[page_id, : stop - start]
+                keys[start:stop] = k_cache[page_id, : stop - start, :, :576]
         for token in range(s_q):
             visible = length - s_q + 1 + token if causal else length
             if visible <= 0:
@@ -54,3 +54,18 @@ def decode(
                 out[i, token, rows] = rounded(rounded(weights) @ seen[:, :512] / total)
                 lse[i, rows, token] = (top + np.log(total))[:, 0]
     return out, lse
+
+
+def append(k_cache, new_kv, block_table, cache_seqlens):
+    """The cache of one group with the newest rows in it; everything else as it was."""
+    k_cache = k_cache.copy()
+    page_size = k_cache.shape[1]
+    batch, s_q = new_kv.shape[:2]
+    for i in range(batch):
+        for token in range(s_q):
+            position = int(cache_seqlens[i]) - s_q + token
+            if 0 <= position < block_table.shape[1] * page_size:
+                page = block_table[i, position // page_size]
+                if 0 <= page < len(k_cache):
+                    k_cache[page, position % page_size, :, :576] = new_kv[i, token]
+    return k_cache

@@ -29,22 +29,34 @@ class Problem:
 
 
 def make_problem(
-    rng, lengths, *, s_q=1, h_q=16, h_kv=1, dtype=jnp.bfloat16, max_blocks=None, shared_pages=256
+    rng,
+    lengths,
+    *,
+    s_q=1,
+    h_q=16,
+    h_kv=1,
+    dtype=jnp.bfloat16,
+    max_blocks=None,
+    shared_pages=256,
+    page=PAGE,
+    width=576,
 ):
     """Draws a problem for sequences of the given lengths.
 
-    Pages lie in the pool in random order. Pages that no sequence names and the tails of last pages
-    are NaN, table entries past a sequence's end are absurd. Where there are more than
-    `shared_pages` full pages, sequences share them, as servers share prefixes.
+    Pages lie in the pool in random order. Pages that no sequence names, the tails of last pages and
+    the columns of a row past the 576th are NaN, table entries past a sequence's end are absurd.
+    Where there are more than `shared_pages` full pages, sequences share them, as servers share
+    prefixes.
     """
     lengths = np.asarray(lengths, np.int32)
-    full, tails = lengths // PAGE, lengths % PAGE
+    full, tails = lengths // page, lengths % page
     num_full = min(int(full.sum()), shared_pages)
     num_last = int((tails > 0).sum())
     num_blocks = num_full + num_last + 5
     ids = rng.permutation(num_blocks).astype(np.int32)
 
-    k_cache = _normal(rng, (num_blocks, PAGE, h_kv, 576), dtype)
+    k_cache = _normal(rng, (num_blocks, page, h_kv, width), dtype)
+    k_cache[..., 576:] = np.nan
     k_cache[ids[num_full + num_last :]] = np.nan
     needed = int((full + (tails > 0)).max(initial=0))
     max_blocks = max_blocks or needed + 3
@@ -54,11 +66,24 @@ def make_problem(
     for i, (count, tail) in enumerate(zip(full, tails, strict=True)):
         block_table[i, :count] = list(itertools.islice(full_pages, int(count)))
         if tail:
-            page = next(last_pages)
-            block_table[i, count] = page
-            k_cache[page, tail:] = np.nan
+            last = next(last_pages)
+            block_table[i, count] = last
+            k_cache[last, tail:] = np.nan
     q = _normal(rng, (len(lengths), s_q, h_q, 576), dtype)
     return Problem(q, k_cache, block_table, lengths)
+
+
+def make_unpaged_problem(rng, lengths, max_len, **options):
+    """The same without a table: `k_cache [b, max_len, h_kv, width]`, NaN past each length.
+
+    `block_table` is the one of the same cache as pages of `max_len` tokens, for references.
+    """
+    page = np.arange(len(lengths), dtype=np.int32)[:, None]
+    problem = make_problem(rng, lengths, page=max_len, max_blocks=1, shared_pages=10**6, **options)
+    k_cache = np.full((len(lengths), *problem.k_cache.shape[1:]), np.nan, problem.q.dtype)
+    named = problem.cache_seqlens > 0
+    k_cache[named] = problem.k_cache[problem.block_table[named, 0]]
+    return dataclasses.replace(problem, k_cache=k_cache, block_table=page)
 
 
 def stack(problems):

@@ -139,6 +139,13 @@ class AutomaticTest(MeshTest):
         specs = (batch, None, heads), (), (batch,), (batch,)
         self.check(problem.arrays, specs, want, planned, pair)
 
+    def test_other_pages_and_wider_rows(self):
+        problem = problems.make_problem(
+            self.rng, self.rng.integers(0, 400, 8), s_q=2, page=256, width=640
+        )
+        specs = ("data", None, "model"), (), ("data",), ("data",)
+        self.check(problem.arrays, specs, oracle.decode(*problem.arrays, causal=True))
+
     @parameterized.parameters(False, True)
     def test_groups(self, planned):
         parts = self.draw_pools(4)
@@ -318,10 +325,12 @@ class AppendTest(MeshTest):
             want = oracle.decode(part.q, k_cache[i], part.block_table, part.cache_seqlens)
             self.assert_close([x[i] for x in got], want)
 
-    @parameterized.parameters(AxisType.Auto, AxisType.Explicit)
-    def test_kv_heads(self, axis_type):
+    @parameterized.product(
+        axis_type=(AxisType.Auto, AxisType.Explicit), cache=({}, {"page": 16, "width": 640})
+    )
+    def test_kv_heads(self, axis_type, cache):
         mesh = make_mesh((2, 4), ("data", "model"), axis_type)
-        problem = problems.make_problem(self.rng, [3, 0, 300, 64], h_kv=4)
+        problem = problems.make_problem(self.rng, [3, 0, 300, 64], h_kv=4, **cache)
         new_kv = self.rng.standard_normal((4, 2, 4, 576)).astype(jnp.bfloat16)
         specs = P(None, None, "model"), P(None, None, "model"), P(), P()
         arrays = problem.k_cache, new_kv, problem.block_table, problem.cache_seqlens

@@ -58,7 +58,8 @@ def decode_in_low_precision(problem_arrays, softmax_scale, causal, weights_dtype
         q, pages, length = args
         positions = jnp.arange(tokens)
         valid = positions < length
-        keys = k_cache[jnp.clip(pages, 0, num_blocks - 1)].reshape(tokens, h_kv, -1)
+        keys = k_cache[jnp.clip(pages, 0, num_blocks - 1)][..., :576]
+        keys = keys.reshape(tokens, h_kv, 576)
         keys = jnp.where(valid[:, None, None], keys, 0)
         rows = q.reshape(s_q, h_kv, heads_per_kv, -1)
         scores = softmax_scale * product("sghd,tgd->ghst", rows, keys)

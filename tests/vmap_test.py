@@ -101,6 +101,35 @@ class VmapTest(parameterized.TestCase):
             example = [x[i] if m else x for x, m in zip(args, outer, strict=True)]
             self.assert_same([x[i] for x in got], loop(decode, example, inner_axes))
 
+    @parameterized.product(
+        mapped=[m for m in itertools.product((False, True), repeat=3) if any(m)],
+        fun=(decode, plan_and_decode),
+    )
+    def test_unpaged_cache(self, mapped, fun):
+        rng = np.random.default_rng()
+        lengths = [0, 70, 80, 64]
+        stacked = problems.stack(
+            [
+                problems.make_unpaged_problem(rng, lengths, 80, s_q=2, h_q=8, h_kv=2, width=640)
+                for _ in range(SIZE)
+            ]
+        )
+        if mapped[2]:  # every example must be valid with every other's lengths
+            stacked.cache_seqlens = np.stack([rng.permutation(lengths) for _ in range(SIZE)])
+            stacked.k_cache = np.nan_to_num(stacked.k_cache.astype(np.float32)).astype(jnp.bfloat16)
+        operands = stacked.q, stacked.k_cache, stacked.cache_seqlens
+        args = [jnp.asarray(x if m else x[0]) for x, m in zip(operands, mapped, strict=True)]
+        in_axes = tuple(0 if m else None for m in mapped)
+
+        def unpaged(q, k_cache, cache_seqlens):
+            return fun(q, k_cache, None, cache_seqlens)
+
+        want = loop(unpaged, args, in_axes)
+        self.assert_same(jax.jit(jax.vmap(unpaged, in_axes))(*args), want)
+        jaxpr = jax.make_jaxpr(jax.vmap(unpaged, in_axes))(*args).jaxpr
+        users = [e.primitive.name for e in jaxpr.eqns if jaxpr.invars[1] in e.invars]
+        self.assertEqual(users, ["mla_decode"])
+
     def test_pool_with_group_axes(self):
         rng = np.random.default_rng()
         args, _ = make_examples(rng, (True,) * 4)

@@ -1,0 +1,109 @@
+"""How a cache lies in memory, paged or not: what is supported, and where a token's row is.
+
+A paged cache is `[*G, num_blocks, page_block_size, h_kv, width]`, and a table names the pages of
+each sequence. An unpaged one is `[*G, b, max_len, h_kv, width]` and has no table: it is the same
+as pages of `max_len` tokens, one for each sequence in order, and is treated as such where nothing
+is gained by knowing more. Rows may be wider than the 576 columns that are used: what follows them
+is padding, never read and never written.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_flashmla import arguments
+from jax_flashmla.arguments import HEAD_DIM
+
+KERNEL_PAGE_SIZES = (16, 32, 64, 128, 256, 512, 1024)
+PAGE_SIZES = (1, *KERNEL_PAGE_SIZES)
+ROW_MULTIPLE = 8  # rows of whole 16 bytes, which is what the copy engine moves
+
+
+def check_cache(k_cache: jax.Array, groups, paged: bool, batch="b", given: str = "") -> None:
+    """Raises unless `k_cache` is a cache with these group axes, and for so many sequences.
+
+    `given` says, in the message, what fixed them.
+    """
+    expected = ("num_blocks", "page_block_size") if paged else (batch, "max_len")
+    arguments.shape("k_cache", k_cache, (*groups, *expected, "h_kv", "width"), given)
+    *_, page, _, width = k_cache.shape
+    if paged:
+        check_page_size("k_cache", page)
+    elif page == 0:
+        raise ValueError("k_cache: expected room for at least one token, got max_len 0")
+    if width % ROW_MULTIPLE or width < HEAD_DIM:
+        raise ValueError(
+            f"k_cache: expected rows of {HEAD_DIM} columns, or of more that are a multiple of "
+            f"{ROW_MULTIPLE}, got width {width}"
+        )
+
+
+def check_page_size(name: str, page) -> None:
+    """Raises unless pages may have so many tokens."""
+    if page not in PAGE_SIZES:
+        raise ValueError(f"{name}: expected pages of {_listed(PAGE_SIZES)} tokens, got {page}")
+
+
+def why_no_kernel(k_cache: jax.Array, paged: bool) -> str | None:
+    """Why the decode kernel cannot read this cache; `None` if it can."""
+    tokens = k_cache.shape[-3]
+    if kernel_page_size(tokens):
+        return None
+    if paged:
+        sizes = _listed(KERNEL_PAGE_SIZES)
+        return f"the kernel takes pages of {sizes} tokens, and k_cache has {tokens}"
+    return (
+        f"the kernel takes an unpaged cache whose max_len is a multiple of {KERNEL_PAGE_SIZES[0]}, "
+        f"and k_cache has {tokens}"
+    )
+
+
+def kernel_page_size(tokens) -> int | None:
+    """The largest pages that the kernel takes and that so many tokens can be cut into, if any."""
+    return max((page for page in KERNEL_PAGE_SIZES if tokens % page == 0), default=None)
+
+
+def table_of_sequences(k_cache: jax.Array) -> jax.Array:
+    """The page table of an unpaged cache, in which a sequence is a page."""
+    *groups, batch, _, _, _ = k_cache.shape
+    return lax.broadcasted_iota(jnp.int32, (*groups, batch, 1), len(groups))
+
+
+def cut_for_kernel(k_cache: jax.Array, block_table: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same cache in pages that the kernel takes, and its table.
+
+    An unpaged cache is only seen differently: nothing is copied.
+    """
+    groups, num_blocks, tokens, *row = k_cache.shape
+    page = kernel_page_size(tokens)
+    if tokens == page:
+        return k_cache, block_table
+    pieces = tokens // page
+    k_cache = k_cache.reshape(groups, num_blocks * pieces, page, *row)
+    block_table = block_table[..., None] * pieces + jnp.arange(pieces, dtype=jnp.int32)
+    return k_cache, block_table.reshape(*block_table.shape[:2], -1)
+
+
+def _listed(sizes) -> str:
+    return f"{', '.join(map(str, sizes[:-1]))} or {sizes[-1]}"
+
+
+def find_rows(k_cache, block_table, position):
+    """Where in the cache tokens lie: `position [*G, b, t]` in their sequences.
+
+    Returns the index arrays of the group axes, the page (or sequence) and its row, and whether
+    there is such a token: inside the table, on a page of the pool. Where there is none, the page
+    may be anything.
+    """
+    num_blocks, page_size = k_cache.shape[-4:-2]
+    (*group, sequence, _) = (
+        lax.broadcasted_iota(jnp.int32, position.shape, axis) for axis in range(position.ndim)
+    )
+    if block_table is None:
+        inside = (position >= 0) & (position < page_size)
+        return (*group, sequence, jnp.where(inside, position, 0)), inside
+    inside = (position >= 0) & (position < block_table.shape[-1] * page_size)
+    column = jnp.where(inside, position // page_size, 0)
+    page = jnp.take_along_axis(block_table, column, axis=-1)
+    inside &= (page >= 0) & (page < num_blocks)
+    return (*group, page, position % page_size), inside
