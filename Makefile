@@ -60,6 +60,7 @@ bench: $(VENV)/ready
 	-@$(RUN) -m benchmarks.planner
 	@$(RUN) -m benchmarks.decode
 	-@$(RUN) -m benchmarks.step
+	-@$(RUN) -m benchmarks.layouts
 	-@$(RUN) -m benchmarks.sharded
 
 # README.md's tables and the pictures, from the JSON.

@@ -17,7 +17,8 @@ from jax_flashmla import get_mla_metadata, native
 from jax_flashmla.decode import partial_types
 
 SCALE = 1 / 24  # what the launch uses
-# lengths, s_q, h_q, h_kv, num_sms: few SMs, so that a thread block has several sequences.
+# lengths, s_q, h_q, h_kv, num_sms: few SMs, so that a thread block has several sequences; and
+# perhaps tokens of a page, columns of a row, window.
 CASES = [
     ([0, 1, 64, 65, 400], 1, 16, 1, 3),
     ([130, 0, 700], 1, 128, 1, 6),
@@ -27,6 +28,12 @@ CASES = [
     # Many splits, of few rows and of many, also more than are combined at a time.
     ([1300], 1, 16, 1, 20),
     ([2600], 1, 128, 1, 80),
+    # Parts of a block a page and several blocks, in either kernel; a window.
+    ([0, 1, 64, 65, 400], 1, 16, 1, 3, 16, 640),
+    ([130, 0, 700], 1, 128, 1, 6, 32),
+    ([70, 0, 300], 2, 16, 1, 3, 128),
+    ([300, 0, 1300], 2, 16, 2, 3, 256, 584, 100),
+    ([300, 0, 1300], 1, 128, 1, 6, 64, 576, 200),
 ]
 
 
@@ -40,14 +47,14 @@ def values(x):
     return x.view(jnp.bfloat16).astype(np.float64)
 
 
-def decode(lengths, s_q, h_q, h_kv, num_sms):
+def decode(lengths, s_q, h_q, h_kv, num_sms, page=64, width=576, window=0):
     """Decodes random data; returns the largest error of the outputs."""
     rng = np.random.default_rng()
-    batch, pages = len(lengths), -(-max(lengths) // 64)
+    batch, pages = len(lengths), -(-max(lengths) // page)
     rows = s_q * h_q // h_kv
     table = rng.permutation(batch * pages).reshape(batch, pages).astype(np.int32)
     q = bits(rng.standard_normal((batch, s_q, h_q, 576), np.float32))
-    pool = bits(rng.standard_normal((batch * pages, 64, h_kv, 576), np.float32))
+    pool = bits(rng.standard_normal((batch * pages, page, h_kv, width), np.float32))
     seqlens = np.asarray(lengths, np.int32)
     metadata = [np.asarray(x) for x in get_mla_metadata(seqlens, rows, h_kv, num_sms=num_sms)]
     parts = len(metadata[0])
@@ -70,13 +77,17 @@ def decode(lengths, s_q, h_q, h_kv, num_sms):
         num_parts=parts,
         slots=slots,
         causal=False,
+        page_tokens=page,
+        key_stride=width,
+        sliding_window=window,
         what="decode",
         launches=1,
         replays=1,
     )
     got, error = values(cupy.asnumpy(out)), 0.0
     for i, length in enumerate(lengths):
-        keys = values(pool[table[i]]).reshape(-1, h_kv, 576)[:length]
+        keys = values(pool[table[i]]).reshape(-1, h_kv, width)[:length, :, :576]
+        keys = keys[max(length - window, 0) if window else 0 :]
         for head in range(h_kv):
             heads = slice(head * h_q // h_kv, (head + 1) * h_q // h_kv)
             scores = SCALE * values(q[i, :, heads]) @ keys[:, head].T

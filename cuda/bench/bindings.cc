@@ -75,7 +75,7 @@ std::vector<float> time_decode(const std::vector<uintptr_t>& operands, int batch
                                int h_kv, int num_blocks, int max_blocks, int num_parts, int slots,
                                bool causal, const std::string& dtype, const std::string& what,
                                int launches, int replays, int copies, int page_tokens,
-                               int key_stride) {
+                               int key_stride, int sliding_window, float logits_soft_cap) {
   if (operands.size() != 10) throw std::invalid_argument("expected the addresses of 10 arrays");
   if (dtype != "bfloat16" && dtype != "float16") throw std::invalid_argument("dtype: " + dtype);
   const auto pointer = [&](int i) { return reinterpret_cast<void*>(operands[i]); };
@@ -107,8 +107,8 @@ std::vector<float> time_decode(const std::vector<uintptr_t>& operands, int batch
       .num_parts = num_parts,
       .slots = slots,
       .softmax_scale = 1.0f / 24,
-      .logits_soft_cap = 0,
-      .sliding_window = 0,
+      .logits_soft_cap = logits_soft_cap,
+      .sliding_window = sliding_window,
       .causal = causal,
   };
   std::vector<float> microseconds;
@@ -142,7 +142,8 @@ void bind_benchmarks(nb::module_& module) {
   module.def("time_decode", &time_decode, "operands"_a, nb::kw_only(), "batch"_a, "s_q"_a, "h_q"_a,
              "h_kv"_a, "num_blocks"_a, "max_blocks"_a, "num_parts"_a, "slots"_a, "causal"_a,
              "dtype"_a = "bfloat16", "what"_a, "launches"_a, "replays"_a, "copies"_a = 1,
-             "page_tokens"_a = 64, "key_stride"_a = 576, nb::call_guard<nb::gil_scoped_release>(),
+             "page_tokens"_a = 64, "key_stride"_a = 576, "sliding_window"_a = 0,
+             "logits_soft_cap"_a = 0.0f, nb::call_guard<nb::gil_scoped_release>(),
              "Microseconds per decode, one sample per replay of a CUDA graph.");
 }
 
