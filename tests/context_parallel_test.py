@@ -45,9 +45,11 @@ class ContextParallelTest(MeshTest):
     def test_decode(self, split, s_q, causal, h_kv):
         self.check_decode(split, s_q, causal, h_kv)
 
-    @parameterized.product(split=context_parallel.SPLITS, page=((1, 576, 260), (128, 640, 3)))
-    def test_decode_pages_and_widths(self, split, page):
-        self.check_decode(split, 3, True, 1, *page)
+    @parameterized.parameters(
+        ("interleaved", 1, 576, 260), ("interleaved", 16, 584, 17), ("contiguous", 128, 640, 3)
+    )
+    def test_decode_pages_and_widths(self, split, page, width, max_blocks):
+        self.check_decode(split, 3, True, 1, page, width, max_blocks)
 
     def check_decode(self, split, s_q, causal, h_kv, page=PAGE, width=576, max_blocks=5):
         # By default 4 devices x 5 pages x 64 tokens: room for the longest.

@@ -17,12 +17,11 @@ MAX_LEN = 80
 AXIS_TYPES = AxisType.Auto, AxisType.Explicit
 
 
-@functools.partial(jax.jit, donate_argnums=1, static_argnames="planned")
-def step(q, k_cache, new_kv, cache_seqlens, planned=True):
+@functools.partial(jax.jit, donate_argnums=1)
+def step(q, k_cache, new_kv, cache_seqlens):
     k_cache = append_kv_cache(k_cache, new_kv, None, cache_seqlens)
     h_kv = k_cache.shape[-2]
     metadata = get_mla_metadata(cache_seqlens, q.shape[-3] * q.shape[-2] // h_kv, h_kv)
-    metadata = metadata if planned else ()
     out, lse = flash_mla_with_kvcache(q, k_cache, None, cache_seqlens, 512, *metadata, causal=True)
     return k_cache, out, lse
 
@@ -46,16 +45,16 @@ class UnpagedShardingTest(MeshTest):
         arrays = problem.q, want, *problem.arrays[2:]
         self.assert_close(got, oracle.decode(*arrays, causal=True))
 
-    def run_step(self, mesh, arrays, specs, planned=True):
+    def run_step(self, mesh, arrays, specs):
         """Runs it without collectives and, where XLA can, in place."""
         operands = put(mesh, arrays, specs)
         with jax.set_mesh(mesh):
-            compiled = step.lower(*operands, planned=planned).compile()
+            compiled = step.lower(*operands).compile()
             self.assertEqual(collectives(compiled), [])
             if jax.__version_info__ >= (0, 11):  # XLA:CPU of 0.10 scatters through float32
                 part = operands[1].addressable_shards[0].data.nbytes
                 self.assertEqual(compiled.memory_analysis().alias_size_in_bytes, part)
-            got = step(*operands, planned=planned)
+            got = step(*operands)
         for result, operand in zip(got[:2], (operands[1], operands[0]), strict=True):
             same = result.sharding.is_equivalent_to(operand.sharding, result.ndim)
             self.assertTrue(same, (result.sharding, operand.sharding))
@@ -64,15 +63,14 @@ class UnpagedShardingTest(MeshTest):
     @parameterized.product(
         axis_type=AXIS_TYPES,
         spec=(("data", "model"), (("data", "model"), None), (None, ("data", "model"))),
-        planned=(False, True),
     )
-    def test_batch_and_heads(self, axis_type, spec, planned):
+    def test_batch_and_heads(self, axis_type, spec):
         batch, heads = spec
         problem, new_kv = self.draw(self.draw_lengths())
         mesh = make_mesh((2, 4), ("data", "model"), axis_type)
         specs = (batch, None, heads), (batch,), (batch,), (batch,)
         arrays = problem.q, problem.k_cache, new_kv, problem.cache_seqlens
-        self.check(self.run_step(mesh, arrays, specs, planned), problem, new_kv)
+        self.check(self.run_step(mesh, arrays, specs), problem, new_kv)
 
     def test_kv_heads_with_their_query_heads(self):
         problem, new_kv = self.draw([3, 0, 80, 64], h_kv=4)

@@ -101,11 +101,8 @@ class VmapTest(parameterized.TestCase):
             example = [x[i] if m else x for x, m in zip(args, outer, strict=True)]
             self.assert_same([x[i] for x in got], loop(decode, example, inner_axes))
 
-    @parameterized.product(
-        mapped=[m for m in itertools.product((False, True), repeat=3) if any(m)],
-        fun=(decode, plan_and_decode),
-    )
-    def test_unpaged_cache(self, mapped, fun):
+    @parameterized.product(mapped=[m for m in itertools.product((False, True), repeat=3) if any(m)])
+    def test_unpaged_cache(self, mapped):
         rng = np.random.default_rng()
         lengths = [0, 70, 80, 64]
         stacked = problems.stack(
@@ -122,7 +119,7 @@ class VmapTest(parameterized.TestCase):
         in_axes = tuple(0 if m else None for m in mapped)
 
         def unpaged(q, k_cache, cache_seqlens):
-            return fun(q, k_cache, None, cache_seqlens)
+            return plan_and_decode(q, k_cache, None, cache_seqlens)
 
         want = loop(unpaged, args, in_axes)
         self.assert_same(jax.jit(jax.vmap(unpaged, in_axes))(*args), want)
