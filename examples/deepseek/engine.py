@@ -53,7 +53,7 @@ class Engine:
         Args:
           stepper: the model: `steps.Stepper`, or an object with the same members. Where it has
             several `pools`, row `r` of a decode is of pool `r // (max_batch / pools)`, and prefill
-            takes the pool's number as its last argument.
+            takes the pool's number as `pool=`.
           decode: token ids to text, called in the engine's thread; without it there are no texts.
           eos: end-of-sequence tokens.
           max_tokens: of a sequence, prompt included; default: as many as a block table and the pool
@@ -161,10 +161,10 @@ class Engine:
             budget -= chunk
             pool, _ = request.place
             tokens = request.tokens[request.stored : request.stored + chunk]
-            where = (pool,) if len(self.pools) > 1 else ()
+            where = {"pool": pool} if len(self.pools) > 1 else {}
             try:
                 table = self._table(request)
-                logits = self.stepper.prefill(tokens, request.stored, table, *where)
+                logits = self.stepper.prefill(tokens, request.stored, table, **where)
             except Exception as error:  # one request's error is not the others'
                 self._finish(request, "error", error)
                 continue

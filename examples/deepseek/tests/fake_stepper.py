@@ -1,8 +1,8 @@
 """A model whose output shows every mistake of an engine, and the same without an engine.
 
-Its "latents" are the tokens themselves, written into pages through the block table and read back from
-there. The logits are a function of all that is read back, in order. So a wrong table, length or start,
-a page that somebody else overwrote, or one that was given back, changes them.
+Its "latents" are the tokens themselves, written into pages through the block table and read back
+from there. The logits are a function of all that is read back, in order. So a wrong table, length or
+start, a page that somebody else overwrote, or one that was given back, changes them.
 """
 
 import numpy as np
@@ -37,9 +37,17 @@ class FakeStepper:
     """The members of `steps.Stepper`, over pages of tokens."""
 
     def __init__(
-        self, *, page_size=4, num_pages=24, max_blocks=8, max_batch=4, prefill_chunk=6, pools=1
+        self,
+        *,
+        page_size=4,
+        num_pages=24,
+        max_blocks=8,
+        max_batch=4,
+        prefill_chunk=6,
+        pools=1,
+        vocab_size=97,
     ):
-        self.model = FakeModel(longest=page_size * max_blocks)
+        self.model = FakeModel(vocab_size, longest=page_size * max_blocks)
         self.vocab_size = self.model.vocab_size
         self.page_size = page_size
         self.num_pages = num_pages
@@ -51,7 +59,7 @@ class FakeStepper:
         self.prefilled = 0  # tokens
         self.decodes = 0
 
-    def prefill(self, tokens, start, block_table, pool=0):
+    def prefill(self, tokens, start, block_table, *, pool=0):
         """See `steps.Stepper`."""
         assert 0 < len(tokens) <= self.prefill_chunk, len(tokens)
         assert block_table.shape == (self.max_blocks,), block_table.shape

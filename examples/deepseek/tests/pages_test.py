@@ -26,7 +26,7 @@ class Books:
         self.held = []  # sequences: (tokens, pages)
 
     def start(self, tokens):
-        """As an engine starts a sequence: finds what it can, allocates the rest, writes, publishes."""
+        """As an engine does: finds what it can, allocates the rest, writes, publishes."""
         chain = chain_of(tokens)
         shared = self.pool.lookup(chain)
         for i, page in enumerate(shared):

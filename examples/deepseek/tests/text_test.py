@@ -5,21 +5,12 @@ import string
 from absl.testing import absltest, parameterized
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from examples.deepseek.tests.toy_tokenizer import byte_backend
 from examples.deepseek.text import WINDOW, TextStream
 
 
-def byte_level_tokenizer():
-    """A token for every byte, as DeepSeek's tokenizers have, and no more."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-TOKENIZER = byte_level_tokenizer()
+TOKENIZER = byte_backend()
 # Characters of 1 to 4 bytes, the replacement character itself, and what joins to others.
 texts = st.text(st.sampled_from("ab \n€é\u0301\U0001f600\ufffd漢") | st.characters(codec="utf-8"))
 
@@ -40,7 +31,7 @@ class TextStreamTest(parameterized.TestCase):
     @given(text=texts)
     @example(text="€" * WINDOW)
     def test_pieces_join_to_the_text(self, text):
-        tokens = TOKENIZER.encode(text).ids
+        tokens = TOKENIZER.encode(text, add_special_tokens=False).ids
         pieces, stopped = stream(tokens, TOKENIZER.decode)
         self.assertEqual("".join(pieces), text)
         self.assertFalse(stopped)
@@ -61,7 +52,7 @@ class TextStreamTest(parameterized.TestCase):
     @example(text="aabaabaab", stop=["aabaab"])
     @example(text="abc", stop=["c", "bc"])
     def test_text_ends_before_the_first_stop_string(self, text, stop):
-        tokens = TOKENIZER.encode(text).ids
+        tokens = TOKENIZER.encode(text, add_special_tokens=False).ids
         pieces, stopped = stream(tokens, TOKENIZER.decode, stop)
         # The text as it grows by characters: the first time that a stop string is in it.
         for end in range(len(text) + 1):
@@ -76,7 +67,7 @@ class TextStreamTest(parameterized.TestCase):
     def test_no_more_is_held_back_than_may_be_the_stop_string(self, text, stop):
         stream = TextStream(TOKENIZER.decode, [stop])
         given_out = ""
-        for token in TOKENIZER.encode(text).ids:
+        for token in TOKENIZER.encode(text, add_special_tokens=False).ids:
             given_out += stream.push(token)
             if stream.stopped:
                 return
@@ -93,7 +84,7 @@ class TextStreamTest(parameterized.TestCase):
 
         # 0x80 alone: never the end of a character.
         (bad,) = (i for i in range(256) if TOKENIZER.id_to_token(i) == "Ģ")
-        for tokens in ([TOKENIZER.encode("a").ids[0]] * 500, [bad] * 500):
+        for tokens in ([TOKENIZER.encode("a", add_special_tokens=False).ids[0]] * 500, [bad] * 500):
             pieces, _ = stream(tokens, decode)
             self.assertLen("".join(pieces), 500)
         self.assertLessEqual(longest, WINDOW)

@@ -1,0 +1,65 @@
+"""A checkpoint's directory as a stepper, a tokenizer and a configuration."""
+
+import json
+import pathlib
+
+from transformers import PreTrainedTokenizerFast
+
+TOKENIZER = "tokenizer.json"
+
+
+def load(
+    directory,
+    *,
+    max_batch: int,
+    num_pages: int,
+    max_tokens: int,
+    data: int = 1,
+    model_axis: int = 1,
+    implementation: str | None = None,
+    dtype="bfloat16",
+):
+    """Loads a model and its tokenizer.
+
+    Args:
+      directory: in the published layout: `config.json`, safetensors files, `tokenizer.json`.
+      max_batch: rows of a decode, of all pools.
+      num_pages: of each pool.
+      max_tokens: of a sequence.
+      data: page pools, a mesh axis.
+      model_axis: devices that share a pool's work, the other one.
+      implementation: of `flash_mla_with_kvcache`.
+      dtype: of the parameters, "bfloat16" or "float32".
+
+    Returns:
+      A `steps.Stepper`, a `transformers.PreTrainedTokenizerFast` and a `config.Config`.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: one of them is malformed, or the mesh does not fit.
+    """
+    raise NotImplementedError
+
+
+def load_tokenizer(directory) -> PreTrainedTokenizerFast:
+    """The tokenizer as its file has it, whatever class its configuration names."""
+    directory = pathlib.Path(directory)
+    if not (directory / TOKENIZER).is_file():
+        raise FileNotFoundError(
+            f"{directory / TOKENIZER}: expected a tokenizer, found no such file"
+        )
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(directory)
+    except Exception as error:  # the library raises plain `Exception` for some malformed files
+        raise ValueError(f"{directory / TOKENIZER}: {error}") from error
+
+
+def end_tokens(directory) -> frozenset[int]:
+    """The end-of-sequence tokens that `generation_config.json` and `config.json` name."""
+    found = set()
+    for name in ("generation_config.json", "config.json"):
+        path = pathlib.Path(directory) / name
+        if path.is_file():
+            named = json.loads(path.read_text()).get("eos_token_id")
+            found.update([named] if isinstance(named, int) else named or ())
+    return frozenset(found)
