@@ -74,18 +74,19 @@ def parse_json(data: bytes) -> dict:
     return body
 
 
-def parse_query(body: dict, text: Text, chat: bool) -> Query:
+def parse_query(body: dict, text: Text, *, chat: bool, defaults: dict) -> Query:
     """Checks a body and encodes its prompt.
 
     Args:
       body: of `/v1/chat/completions` if `chat`, else of `/v1/completions`.
       text: the tokenizer.
       chat: which of the two.
+      defaults: of fields that are absent or null.
 
     Raises:
       InvalidRequestError: the message begins with the field at fault.
     """
-    body = {name: value for name, value in body.items() if value is not None}
+    body = defaults | {name: value for name, value in body.items() if value is not None}
     own_fields = ("messages", "max_completion_tokens") if chat else ("prompt",)
     for name, value in body.items():
         if name in NEUTRAL_VALUES:
@@ -94,7 +95,7 @@ def parse_query(body: dict, text: Text, chat: bool) -> Query:
         elif name not in (*COMMON_FIELDS, *own_fields, *IGNORED_FIELDS):
             raise InvalidRequestError(brief(name), "there is no such field")
 
-    max_tokens = body.get("max_completion_tokens", body.get("max_tokens", None if chat else 16))
+    max_tokens = body.get("max_completion_tokens", body.get("max_tokens"))
     stop = body.get("stop", [])
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list):

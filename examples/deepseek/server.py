@@ -179,7 +179,10 @@ class Endpoint:
                 404, f"model: expected {self._model}, got {brief(body['model'])}", "model"
             )
         # Long prompts take a while: not in the event loop.
-        return await asyncio.to_thread(parse_query, body, self._text, self._chat)
+        defaults = {} if self._chat else {"max_tokens": 16}  # as in OpenAI's API
+        return await asyncio.to_thread(
+            parse_query, body, self._text, chat=self._chat, defaults=defaults
+        )
 
     async def _send_whole(self, stream, answers, scope, send):
         text = []

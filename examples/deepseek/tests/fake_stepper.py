@@ -1,8 +1,8 @@
 """A model whose output shows every mistake of an engine, and the same without an engine.
 
 Its "latents" are the tokens themselves, written into pages through the block table and read back
-from there. The logits are a function of all that is read back, in order. So a wrong table, length or
-start, a page that somebody else overwrote, or one that was given back, changes them.
+from there. The logits are a function of all that is read back, in order. So a wrong table, length
+or start, a page that somebody else overwrote, or one that was given back, changes them.
 """
 
 import numpy as np

@@ -27,7 +27,8 @@ from examples.deepseek.tokenization import Text
 LIMITS = Limits(body_bytes=5000, concurrent_requests=6, body_seconds=0.5, send_seconds=0.5)
 TEMPLATE = (
     "{% for m in messages %}{% if m.content == 'bad' %}{{ raise_exception('no bad words') }}"
-    "{% endif %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+    "{% endif %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<a>{% endif %}"
 )
 
 
@@ -126,9 +127,7 @@ class AnswersTest(ServerCase):
         sampling = Sampling(0.8, 0.9, 77)
         for cached in (0, 16):
             answer = self.post(prompt=prompt, temperature=0.8, top_p=0.9, seed=77).json()
-            self.assertEqual(
-                answer["choices"][0]["text"], self.want(prompt, sampling=sampling)[0]
-            )
+            self.assertEqual(answer["choices"][0]["text"], self.want(prompt, sampling=sampling)[0])
             details = answer["usage"]["prompt_tokens_details"]
             self.assertEqual(details["cached_tokens"], cached)
 
@@ -163,9 +162,7 @@ class AnswersTest(ServerCase):
         self.assertEqual(choice["finish_reason"], reason)
         self.assertEqual(answer["object"], "chat.completion")
 
-        events = self.events(
-            "/v1/chat/completions", stream_options={"include_usage": True}, **body
-        )
+        events = self.events("/v1/chat/completions", stream_options={"include_usage": True}, **body)
         first, *pieces, last = events
         self.assertEqual(first["choices"][0]["delta"], {"role": "assistant", "content": ""})
         deltas = [e["choices"][0]["delta"] for e in pieces]
@@ -300,9 +297,7 @@ class RefusalsTest(ServerCase):
     def test_another_model(self):
         response = self.post(prompt="x", model="gpt-5")
         self.assertEqual(response.status_code, 404)
-        self.assertEqual(
-            response.json()["error"]["message"], "model: expected toy, got 'gpt-5'"
-        )
+        self.assertEqual(response.json()["error"]["message"], "model: expected toy, got 'gpt-5'")
 
     def test_other_paths_and_methods(self):
         for status, response in (

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from examples.deepseek.tests.toy_tokenizer import byte_backend
 from examples.deepseek.text import WINDOW, TextStream
 
-
 TOKENIZER = byte_backend()
 # Characters of 1 to 4 bytes, the replacement character itself, and what joins to others.
 texts = st.text(st.sampled_from("ab \n€é\u0301\U0001f600\ufffd漢") | st.characters(codec="utf-8"))
