@@ -5,6 +5,7 @@ import json
 import pathlib
 import signal
 import tempfile
+import threading
 import time
 from unittest import mock
 
@@ -199,7 +200,8 @@ class ChatTest(CommandLineCase):
         def interrupted(*operands):
             calls.append(operands)
             if len(calls) == 15:
-                signal.raise_signal(signal.SIGINT)  # Python handles it in the main thread
+                time.sleep(0.3)  # until the main thread has printed all and waits
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
                 time.sleep(0.3)
             return decode(*operands)
 
