@@ -3,7 +3,10 @@
 import json
 import pathlib
 
+import jax.numpy as jnp
 from transformers import PreTrainedTokenizerFast
+
+from examples.deepseek.steps import Stepper, load_stepper, make_mesh
 
 TOKENIZER = "tokenizer.json"
 
@@ -38,7 +41,24 @@ def load(
       FileNotFoundError: a file is missing.
       ValueError: one of them is malformed, or the mesh does not fit.
     """
-    raise NotImplementedError
+    directory = pathlib.Path(directory)
+    tokenizer = load_tokenizer(directory)  # first: it takes no time to miss
+    mesh = make_mesh(data, model_axis)
+    stepper = load_stepper(
+        directory,
+        dtype=jnp.dtype(dtype),
+        mesh=mesh,
+        max_batch=max_batch,
+        num_pages=num_pages,
+        max_blocks=-(-max_tokens // Stepper.page_size),
+        implementation=implementation,
+    )
+    if len(tokenizer) > stepper.vocab_size:
+        raise ValueError(
+            f"{directory / TOKENIZER}: expected at most config.json's {stepper.vocab_size} tokens, "
+            f"got {len(tokenizer)}"
+        )
+    return stepper, tokenizer, stepper.config
 
 
 def load_tokenizer(directory) -> PreTrainedTokenizerFast:
