@@ -81,15 +81,18 @@ def sample(logits: np.ndarray, sampling: Sampling, generator: np.random.Generato
     with np.errstate(over="ignore"):  # to -inf, with temperatures near 0: weight 0
         scaled = (logits.astype(np.float64) - logits.max()) / sampling.temperature
     weights = np.exp(scaled)
-    tokens = None
     if sampling.top_p < 1:
-        tokens = np.argsort(-weights, kind="stable")
-        weights = weights[tokens]
-    total = np.cumsum(weights)
-    if tokens is not None:
-        nucleus = np.searchsorted(total, sampling.top_p * total[-1]) + 1
-        total = total[:nucleus]
+        needed = sampling.top_p * weights.sum()
+        # Those below the cut cannot add up to what the others may lack: none of them is needed. To
+        # sort a whole vocabulary would take longer than many a model takes for a step.
+        cut = (weights.sum() - needed) / len(weights)
+        tokens = np.flatnonzero(weights >= cut)
+        tokens = tokens[np.argsort(-weights[tokens], kind="stable")]
+        total = np.cumsum(weights[tokens])
+        total = total[: np.searchsorted(total, needed) + 1]
+    else:
+        tokens = np.arange(len(weights))
+        total = np.cumsum(weights)
     # Strictly below the sum, whatever rounding does: no token of weight 0 can be drawn.
     drawn = min(generator.random() * total[-1], np.nextafter(total[-1], 0))
-    index = int(np.searchsorted(total, drawn, side="right"))
-    return index if tokens is None else int(tokens[index])
+    return int(tokens[np.searchsorted(total, drawn, side="right")])

@@ -177,6 +177,17 @@ class EngineTest(EngineCase):
         self.run_all(engine)
         self.assert_right(engine, *readers)
 
+    def test_admission_leaves_the_running_a_page_to_grow_into(self):
+        engine = make_engine(FakeStepper(num_pages=4))
+        readers = [self.start(engine, self.prompt(7), max_tokens=4) for _ in range(2)]
+        engine.step()
+        # Two pages are free, as many as the second prompt needs; the first would take one next.
+        self.assertEqual(engine.counts["waiting"], 1)
+        self.assertEqual(engine.counts["pages_held"], 2)
+        self.run_all(engine)
+        self.assertEqual(engine.evictions, 0)
+        self.assert_right(engine, *readers)
+
     def test_an_evicted_request_finds_its_pages_again(self):
         stepper = FakeStepper(num_pages=12, max_batch=2)
         engine = make_engine(stepper)

@@ -75,6 +75,19 @@ class SamplingTest(parameterized.TestCase):
         logits = np.array([1, 3, 2.9999, -1e30], np.float32)
         self.assertEqual(set(draw(logits, 50, Sampling(temperature, 1.0, 0))), {1})
 
+    def test_the_nucleus_is_the_same_as_by_sorting_everything(self):
+        rng = np.random.default_rng()
+        for scale in (0.01, 1, 5):
+            logits = (rng.standard_normal(5000) * scale).astype(np.float32)
+            probabilities = softmax(logits, 1.0)
+            order = np.argsort(-probabilities, kind="stable")
+            for top_p in (0.1, 0.9, 0.999):
+                drawn = draw(logits, 200, Sampling(1.0, top_p, seed=1))
+                total = np.cumsum(probabilities[order])
+                total = total[: np.searchsorted(total, top_p) + 1]
+                uniform = np.random.default_rng(1).random(200) * total[-1]
+                np.testing.assert_array_equal(drawn, order[np.searchsorted(total, uniform)])
+
     def test_a_small_nucleus_is_greedy(self):
         logits = np.random.default_rng().standard_normal(100).astype(np.float32)
         drawn = draw(logits, 50, Sampling(1.0, 1e-9, 0))
