@@ -146,9 +146,11 @@ def assert_pool_consistent(pool, holders):
 
 
 def assert_books_agree(engine):
-    """Between steps: pages are held by the active requests, and by nobody else."""
+    """Between steps: the active hold all pages that are held; the others wait in their order."""
     for number, pool in enumerate(engine.pools):
         active = [r for r in engine._active() if r.place[0] == number]
         assert_pool_consistent(pool, [r.pages for r in active])
     for request in engine._waiting:
-        assert request.pages == [] and request.place is None
+        assert request.pages == [] and request.place is None and request.stored == 0
+    numbers = [request.number for request in engine._waiting]
+    assert numbers == sorted(numbers), numbers
