@@ -1,10 +1,10 @@
 """A checkpoint's directory as a stepper, a tokenizer and a configuration."""
 
 import json
+import os
 import pathlib
 
 import jax.numpy as jnp
-from transformers import PreTrainedTokenizerFast
 
 from examples.deepseek.steps import Stepper, load_stepper, make_mesh
 
@@ -61,8 +61,20 @@ def load(
     return stepper, tokenizer, stepper.config
 
 
-def load_tokenizer(directory) -> PreTrainedTokenizerFast:
-    """The tokenizer as its file has it, whatever class its configuration names."""
+def load_tokenizer(directory):
+    """The tokenizer as its file has it, whatever class its configuration names.
+
+    Returns:
+      A `transformers.PreTrainedTokenizerFast`.
+
+    Raises:
+      FileNotFoundError: there is no `tokenizer.json`.
+      ValueError: it is malformed.
+    """
+    # Or the library warns that it has no PyTorch, which a tokenizer does not need.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import PreTrainedTokenizerFast
+
     directory = pathlib.Path(directory)
     if not (directory / TOKENIZER).is_file():
         raise FileNotFoundError(

@@ -1,6 +1,7 @@
 """The next token of a row of logits: greedy, with a temperature, from the nucleus (top-p)."""
 
 import dataclasses
+import reprlib
 
 import numpy as np
 
@@ -60,7 +61,7 @@ def brief(value) -> str:
     """A value as a short piece of a message."""
     if isinstance(value, int) and abs(value) >= 2**64:
         return "one of more than 64 bits"  # Python refuses to print very long ones
-    return f"{value!r:.80}"
+    return reprlib.repr(value)  # whose depth and length are limited
 
 
 def sample(logits: np.ndarray, sampling: Sampling, generator: np.random.Generator) -> int:
@@ -93,6 +94,7 @@ def sample(logits: np.ndarray, sampling: Sampling, generator: np.random.Generato
     else:
         tokens = np.arange(len(weights))
         total = np.cumsum(weights)
-    # Strictly below the sum, whatever rounding does: no token of weight 0 can be drawn.
-    drawn = min(generator.random() * total[-1], np.nextafter(total[-1], 0))
+    # `random` is 1 - 2**-53 at most, and the product below the sum even when rounded: so no token of
+    # weight 0 is drawn.
+    drawn = generator.random() * total[-1]
     return int(tokens[np.searchsorted(total, drawn, side="right")])

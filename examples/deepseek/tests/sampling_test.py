@@ -1,5 +1,7 @@
 """Sampling: the distribution it draws from, its limits, and its checks."""
 
+from unittest import mock
+
 import numpy as np
 from absl.testing import absltest, parameterized
 from hypothesis import given, settings
@@ -69,6 +71,17 @@ class SamplingTest(parameterized.TestCase):
             self.assertTrue(in_nucleus(probabilities, token, top_p))
         else:
             self.assertIn(token, range(len(logits)))
+
+    def test_the_largest_random_number(self):
+        largest = mock.Mock(**{"random.return_value": 1 - 2**-53})
+        for count in range(1, 300):
+            logits = np.full(count + 1, 0.3, np.float32)
+            logits[-1] = -1e30  # of weight 0
+            self.assertEqual(sample(logits, Sampling(1.0), largest), count - 1)
+
+    def test_of_equals_the_first_are_the_nucleus(self):
+        drawn = draw(np.zeros(1000, np.float32), 300, Sampling(1.0, 0.25, 0))
+        self.assertLess(drawn.max(), 250)
 
     @parameterized.parameters(1e-300, 5e-324, 1e-12)
     def test_temperatures_near_0_are_greedy(self, temperature):

@@ -278,6 +278,14 @@ class RefusalsTest(ServerCase):
         data = json.dumps({"messages": messages}).encode()
         self.assert_refused(self.client.post("/v1/chat/completions", content=data), message)
 
+    def test_deep_bodies(self):
+        # Python's own limits for reading and for printing are near each other.
+        for depth in (500, *range(900, 1000, 7), 2000):
+            data = b'{"prompt": ' + b"[" * depth + b"]" * depth + b"}"
+            response = self.client.post("/v1/completions", content=data)
+            self.assertEqual(response.status_code, 400)
+            self.assertRegex(response.json()["error"]["message"], "^(body|prompt): expected ")
+
     def assert_refused(self, response, message):
         self.assertEqual(response.status_code, 400, response.text)
         error = response.json()["error"]
