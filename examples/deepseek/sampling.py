@@ -94,7 +94,7 @@ def sample(logits: np.ndarray, sampling: Sampling, generator: np.random.Generato
     else:
         tokens = np.arange(len(weights))
         total = np.cumsum(weights)
-    # `random` is 1 - 2**-53 at most, and the product below the sum even when rounded: so no token of
+    # `random` is 1 - 2**-53 at most, and the product below the sum even when rounded: no token of
     # weight 0 is drawn.
     drawn = generator.random() * total[-1]
     return int(tokens[np.searchsorted(total, drawn, side="right")])
