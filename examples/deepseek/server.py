@@ -190,19 +190,16 @@ class Endpoint:
             check(event)
             text.append(event.text)
         answer = answers.whole("".join(text), event.finish_reason, stream.request)
-        await json_response(200, answer)(scope, None, send)
+        await json_response(200, answer)(scope, None, self._within_time(send))
 
     async def _send_events(self, stream, answers, send):
+        send = self._within_time(send)
         headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-store")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
 
         async def put(data, more=True):
-            try:
-                async with asyncio.timeout(self._limits.send_seconds):
-                    body = f"data: {data}\n\n".encode()
-                    await send({"type": "http.response.body", "body": body, "more_body": more})
-            except TimeoutError as error:
-                raise Gone from error
+            body = f"data: {data}\n\n".encode()
+            await send({"type": "http.response.body", "body": body, "more_body": more})
 
         if (first := answers.first_chunk()) is not None:
             await put(json.dumps(first))
@@ -216,6 +213,18 @@ class Endpoint:
         except ApiError as error:  # too late for a status
             await put(json.dumps(error.body()))
         await put("[DONE]", more=False)
+
+    def _within_time(self, send):
+        """`send`, which raises Gone if the client does not take what it is sent."""
+
+        async def send_in_time(message):
+            try:
+                async with asyncio.timeout(self._limits.send_seconds):
+                    await send(message)
+            except TimeoutError as error:
+                raise Gone from error
+
+        return send_in_time
 
 
 class Gone(Exception):  # noqa: N818, an everyday event and not a fault

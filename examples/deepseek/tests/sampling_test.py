@@ -79,6 +79,11 @@ class SamplingTest(parameterized.TestCase):
             logits[-1] = -1e30  # of weight 0
             self.assertEqual(sample(logits, Sampling(1.0), largest), count - 1)
 
+    def test_the_smallest_random_number(self):
+        smallest = mock.Mock(**{"random.return_value": 0.0})
+        logits = np.array([-1e30, 0.5, 0.5], np.float32)  # the first of weight 0
+        self.assertEqual(sample(logits, Sampling(1.0), smallest), 1)
+
     def test_of_equals_the_first_are_the_nucleus(self):
         drawn = draw(np.zeros(1000, np.float32), 300, Sampling(1.0, 0.25, 0))
         self.assertLess(drawn.max(), 250)

@@ -441,9 +441,10 @@ class TroubleTest(ServerCase):
         self.assertEqual(self.post(prompt="x").status_code, 503)
         self.assertEqual(self.client.get("/health").status_code, 503)
 
-    def test_a_client_that_does_not_read(self):
+    @parameterized.parameters(True, False)
+    def test_a_client_that_does_not_read(self, stream):
         """By the ASGI application alone: a socket's buffers hold more than an answer."""
-        body = json.dumps({"prompt": "x", "stream": True}).encode()
+        body = json.dumps({"prompt": "x", "stream": stream}).encode()
 
         async def main():
             messages = [{"type": "http.request", "body": body, "more_body": False}]
