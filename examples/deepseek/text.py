@@ -11,9 +11,9 @@ class TextStream:
     """The text of one request, as its tokens come.
 
     A token may end inside a character, and how it reads may depend on those before it. So the last
-    few tokens are decoded together with each new one, and what is new is the difference; a trailing
-    replacement character, which may be the beginning of another, is held back. So is what may be
-    the beginning of a stop string.
+    few tokens are decoded together with each new one, and what is new is the difference. Held back
+    are a trailing replacement character, as which tokenizers over bytes (such as DeepSeek's) read a
+    character that is not complete, and what may be the beginning of a stop string.
 
     Attributes:
       stopped: whether a stop string has come.
@@ -37,9 +37,7 @@ class TextStream:
         """The text that `token` completes. Sets `stopped` if it ends in a stop string."""
         self._window.append(token)
         text = self._decode(self._window)
-        settled = text.rstrip(REPLACEMENT)
-        # At most 3 bytes of a character can be missing their end.
-        settled = text[: max(len(settled), len(text) - 3)]
+        settled = text.removesuffix(REPLACEMENT)
         piece = self._until_stop(settled[self._seen :])
         self._seen = max(self._seen, len(settled))
         if len(self._window) >= WINDOW:
