@@ -35,9 +35,9 @@ class Options:
         """Checks types and ranges."""
         if self.max_tokens is not None:
             check_integer("max_tokens", self.max_tokens, 1, 2**31)
-        if not all(isinstance(stop, str) and 0 < len(stop) <= 1000 for stop in self.stop):
+        if not all(isinstance(stop, str) and 0 < len(stop) <= 256 for stop in self.stop):
             raise InvalidRequestError(
-                "stop", f"expected strings of 1 to 1000 characters, got {brief(self.stop)}"
+                "stop", f"expected strings of 1 to 256 characters, got {brief(self.stop)}"
             )
         if len(self.stop) > MAX_STOPS:
             raise InvalidRequestError(

@@ -39,7 +39,7 @@ class TextStream:
         text = self._decode(self._window)
         settled = text.removesuffix(REPLACEMENT)
         piece = self._until_stop(settled[self._seen :])
-        self._seen = max(self._seen, len(settled))
+        self._seen = len(settled)
         if len(self._window) >= WINDOW:
             self._window = self._window[-CONTEXT:]
             self._seen = len(self._decode(self._window)) - (len(text) - len(settled))

@@ -218,7 +218,7 @@ class EngineTest(EngineCase):
         ({"max_tokens": 0}, "max_tokens: expected an integer between 1 and"),
         ({"max_tokens": True}, "max_tokens: .*got True"),
         ({"max_tokens": 2.0}, "max_tokens: .*got 2.0"),
-        ({"stop": ("",)}, "stop: expected strings of 1 to 1000 characters"),
+        ({"stop": ("",)}, "stop: expected strings of 1 to 256 characters"),
         ({"stop": (3,)}, "stop: expected strings"),
         ({"stop": ("x",) * 17}, "stop: expected at most 16 strings, got 17"),
     )

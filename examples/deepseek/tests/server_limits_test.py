@@ -48,7 +48,7 @@ class RefusalsTest(ServerCase):
         ({"seed": 1.5}, "seed: expected an integer"),
         ({"stop": 3}, "stop: expected a string or a list"),
         ({"stop": ["a", 3]}, "stop: expected strings"),
-        ({"stop": [""]}, "stop: expected strings of 1 to 1000"),
+        ({"stop": [""]}, "stop: expected strings of 1 to 256"),
         ({"stream": "yes"}, "stream: expected true or false"),
         ({"stream": 1}, "stream: expected true or false"),
         ({"stream_options": 1}, "stream_options: expected an object"),
