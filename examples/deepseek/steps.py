@@ -9,7 +9,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from examples.deepseek.attention import PAGE, Step, attend_plainly, attend_with_flash_mla
-from examples.deepseek.config import Config
+from examples.deepseek.config import Config, read_config
 from examples.deepseek.layout import check_divides, sources
 from examples.deepseek.model import bind
 from jax_flashmla import get_mla_metadata
@@ -213,6 +213,19 @@ class Stepper:
                 f"{name}: expected int32 {list(shape)}, got {array.dtype} {list(array.shape)}"
             )
         return array
+
+
+def load_stepper(directory, *, dtype=jnp.bfloat16, mesh=None, **options) -> Stepper:
+    """A `Stepper` with the checkpoint in `directory`; `options` are the class's.
+
+    Raises:
+      FileNotFoundError, ValueError: see `read_config` and `weights.load`.
+    """
+    from examples.deepseek import weights  # random ones, as a benchmark's, need no safetensors
+
+    mesh = mesh or make_mesh()
+    config = read_config(directory)
+    return Stepper(config, weights.load(directory, config, mesh, dtype), mesh=mesh, **options)
 
 
 @functools.cache

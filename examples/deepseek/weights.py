@@ -10,10 +10,9 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from examples.deepseek.config import Config, read_config
+from examples.deepseek.config import Config
 from examples.deepseek.layout import Source, check_divides, sources
 from examples.deepseek.model import abstract_model
-from examples.deepseek.steps import Stepper, make_mesh
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 FLOATS = ("BF16", "F16", "F32", "F64")
@@ -132,17 +131,6 @@ def load(directory, config: Config, mesh: jax.sharding.Mesh, dtype) -> dict[str,
             params[name] = _put(files, source, shapes[name], sharding, config.fp8_block)
             params[name].block_until_ready()  # the host's copy is then free
     return params
-
-
-def load_stepper(directory, *, dtype=jnp.bfloat16, mesh=None, **options) -> Stepper:
-    """A `Stepper` with the checkpoint in `directory`; `options` are the class's.
-
-    Raises:
-      FileNotFoundError, ValueError: see `read_config` and `load`.
-    """
-    mesh = mesh or make_mesh()
-    config = read_config(directory)
-    return Stepper(config, load(directory, config, mesh, dtype), mesh=mesh, **options)
 
 
 def _put(files: Files, source: Source, expected, sharding, block) -> jax.Array:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from examples.deepseek import attention, steps, weights
+from examples.deepseek import attention, steps
 from examples.deepseek.config import read_config
 from examples.deepseek.model import Model
 from examples.deepseek.tests import support
@@ -102,6 +102,18 @@ class StepsTest(support.CheckpointTest):
         got = self.run_all(stepper, tables, sequences, 3)
         np.testing.assert_array_equal(got, want)
 
+    def test_steps_write_into_the_pools_they_are_given(self):
+        stepper = support.make_stepper(self.checkpoint("v2_lite"), attention="flash_mla")
+        table = np.zeros((1, 4), np.int32)
+        one = np.zeros(16, np.int32), np.int32(0), np.int32(3), table
+        rows = np.zeros((1, 8), np.int32), np.zeros((1, 8, 4), np.int32), np.ones((1, 8), np.int32)
+        before = stepper.caches
+        for step, operands in ((stepper._prefill, one), (stepper._decode, rows)):
+            memory = step.lower(stepper.params, before, *operands).compile().memory_analysis()
+            self.assertEqual(memory.alias_size_in_bytes, sum(pool.nbytes for pool in before))
+        stepper.decode(*(x[0] for x in rows))
+        self.assertTrue(all(pool.is_deleted() for pool in before))
+
     def test_few_prefills_are_compiled(self):
         # No other test has compiled for this vocabulary.
         directory = self.checkpoint("v2_lite", num_hidden_layers=1, vocab_size=520)
@@ -161,7 +173,7 @@ class ArgumentsTest(support.CheckpointTest):
         if "mesh" in changes:
             changes = changes | {"mesh": steps.make_mesh(*changes["mesh"])}
         with self.assertRaisesRegex(ValueError, message):
-            weights.load_stepper(self.directory, **(SIZES | changes))
+            steps.load_stepper(self.directory, **(SIZES | changes))
 
     def test_mesh(self):
         with self.assertRaisesRegex(ValueError, "mesh: expected data x model from 1 to"):
