@@ -151,8 +151,9 @@ def attend_with_flash_mla(q, pool, step, scale, implementation=None):
     return out.reshape(-1, *out.shape[3:])
 
 
-def attend_plainly(q, pool, step, scale):
+def attend_plainly(q, pool, step, scale, implementation=None):
     """The same in the arithmetic of `q`, for tests in float32: gathers all that tables name."""
+    del implementation  # there is one
     groups = step.cache_seqlens.shape
     q = jnp.concatenate(q, axis=-1)
     q = q.reshape(*groups, *q.shape[1:])

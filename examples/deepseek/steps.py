@@ -12,9 +12,9 @@ from examples.deepseek.attention import PAGE, Step, attend_plainly, attend_with_
 from examples.deepseek.config import Config, read_config
 from examples.deepseek.layout import check_divides, sources
 from examples.deepseek.model import bind
-from examples.deepseek.weights import load
 from jax_flashmla import get_mla_metadata
 
+ATTENTIONS = {"flash_mla": attend_with_flash_mla, "plain": attend_plainly}
 SMALLEST_CHUNK = 16  # tokens; chunks are padded to this times a power of two
 
 
@@ -99,15 +99,11 @@ class Stepper:
             )
         check_divides(config, mesh.shape["model"])
         dtype = params["embed/embedding"].dtype
-        attends = {
-            "flash_mla": functools.partial(attend_with_flash_mla, implementation=implementation),
-            "plain": attend_plainly,
-        }
-        if attention not in attends:
-            raise ValueError(f"attention: expected {' or '.join(attends)}, got {attention}")
+        if attention not in ATTENTIONS:
+            raise ValueError(f"attention: expected {' or '.join(ATTENTIONS)}, got {attention}")
         if attention == "flash_mla" and dtype.itemsize > 2:
             dtype = jnp.dtype(jnp.bfloat16)
-        self._decode = make_decode(config, mesh, attends[attention], implementation)
+        self._decode = make_decode(config, mesh, ATTENTIONS[attention], implementation)
         self._prefill = make_prefill(config, mesh)
         shape = (self.pools, num_pages, PAGE, 1, 576)
         make = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=_on(mesh, "data"))
@@ -225,13 +221,16 @@ def load_stepper(directory, *, dtype=jnp.bfloat16, mesh=None, **options) -> Step
     Raises:
       FileNotFoundError, ValueError: see `read_config` and `weights.load`.
     """
+    from examples.deepseek import weights  # random ones, as a benchmark's, need no safetensors
+
     mesh = mesh or make_mesh()
     config = read_config(directory)
-    return Stepper(config, load(directory, config, mesh, dtype), mesh=mesh, **options)
+    return Stepper(config, weights.load(directory, config, mesh, dtype), mesh=mesh, **options)
 
 
+@functools.cache
 def make_decode(config: Config, mesh, attend, implementation=None):
-    """The jitted decode.
+    """The jitted decode; steppers of the same model share it.
 
     `(params, caches, tokens [g, b], block_table [g, b, max_blocks], cache_seqlens [g, b])` to
     logits `[g * b, vocab_size]` and the caches, which are donated.
@@ -243,14 +242,16 @@ def make_decode(config: Config, mesh, attend, implementation=None):
         metadata = get_mla_metadata(cache_seqlens, heads, 1, implementation=implementation)
         model = bind(config, params, "model")
         step = Step(block_table, cache_seqlens, metadata)
-        logits, caches = model.decode(tokens, caches, step, attend)
+        attention = functools.partial(attend, implementation=implementation)
+        logits, caches = model.decode(tokens, caches, step, attention)
         return logits.reshape(-1, logits.shape[-1]), caches
 
     return _on_mesh(decode, config, mesh, (P("data"), P("data"), P("data")))
 
 
+@functools.cache
 def make_prefill(config: Config, mesh):
-    """The jitted prefill of one sequence.
+    """The jitted prefill of one sequence; steppers of the same model share it.
 
     `(params, caches, tokens [t], start, length, block_table [g, max_blocks])` to logits
     `[g, vocab_size]` and the caches, which are donated; see `Model.prefill`.

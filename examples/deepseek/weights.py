@@ -5,6 +5,7 @@ import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import safetensors
@@ -120,7 +121,7 @@ def load(directory, config: Config, mesh: jax.sharding.Mesh, dtype) -> dict[str,
         the mesh does not divide the model.
     """
     check_divides(config, mesh.shape["model"])
-    shapes = abstract_model(config, jax.numpy.dtype(dtype))[2]
+    shapes = abstract_model(config, jnp.dtype(dtype))[2]
     params = {}
     with contextlib.ExitStack() as stack:
         files = Files(directory, stack)

@@ -33,20 +33,25 @@ class MeshTest(support.CheckpointTest):
         return np.concatenate([[first], later[:, rows]])
 
     @parameterized.parameters(
-        ("v2_lite", 1, 8), ("v2_lite", 8, 1), ("v2", 2, 4), ("v3", 4, 2), ("v3", 1, 8)
+        ("v2_lite", 1, 8, "plain"),
+        ("v2_lite", 8, 1, "plain"),
+        ("v2", 2, 4, "plain"),
+        ("v3", 4, 2, "plain"),
+        ("v2_lite", 2, 4, "flash_mla"),
     )
-    def test_against_one_device(self, kind, data, model):
-        directory = self.checkpoint(kind)
-        for attention, limit in (("plain", 1e-5), ("flash_mla", 0.03)):
-            one = support.make_stepper(directory, attention=attention)
-            sequences = [
-                self.rng.integers(0, one.vocab_size, n + STEPS * bool(n)).tolist() for n in LENGTHS
-            ]
-            want = self.run_all(one, sequences)
-            mesh = make_mesh(data, model)
-            many = support.make_stepper(directory, attention=attention, mesh=mesh)
-            self.assertEqual(many.pools, data)
-            support.close(self, self.run_all(many, sequences), want, limit, attention)
+    def test_against_one_device(self, kind, data, model, attention):
+        # In 16 bits without experts, between which rounding may choose differently.
+        dense = 9 if attention == "flash_mla" else 1
+        directory = self.checkpoint(kind, num_hidden_layers=2, first_k_dense_replace=dense)
+        one = support.make_stepper(directory, attention=attention)
+        sequences = [
+            self.rng.integers(0, one.vocab_size, n + STEPS * bool(n)).tolist() for n in LENGTHS
+        ]
+        want = self.run_all(one, sequences)
+        many = support.make_stepper(directory, attention=attention, mesh=make_mesh(data, model))
+        self.assertEqual(many.pools, data)
+        limit = 0.02 if attention == "flash_mla" else 1e-5
+        support.close(self, self.run_all(many, sequences), want, limit)
 
     @parameterized.parameters((1, 8), (4, 2))
     def test_only_two_sums_in_a_layer_are_exchanged(self, data, model):

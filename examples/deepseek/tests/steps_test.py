@@ -1,14 +1,18 @@
 """The steps: prefill against decode, 16 bits against float32, garbage in pages, bad arguments."""
 
+from unittest import mock
+
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
 from examples.deepseek import attention, steps
 from examples.deepseek.config import read_config
+from examples.deepseek.model import Model
 from examples.deepseek.tests import support
 from jax_flashmla import get_mla_metadata
 
+SIZES = {"max_batch": 8, "num_pages": 8, "max_blocks": 4}
 LENGTHS = (1, 40, 63, 64, 65, 0, 130, 200)  # a row of padding among them
 
 
@@ -19,7 +23,7 @@ class StepsTest(support.CheckpointTest):
         ]
 
     def run_all(self, stepper, tables, sequences, count):
-        """Logits of prefill and of `count` steps, `[1 + count, rows, vocabulary]`, without padding."""
+        """Logits of prefill and of `count` steps, `[1 + count, rows, vocabulary]`; no padding."""
         rows = [row for row, length in enumerate(LENGTHS) if length]
         first = np.zeros((len(LENGTHS), stepper.vocab_size), np.float32)
         for row in rows:
@@ -29,36 +33,44 @@ class StepsTest(support.CheckpointTest):
         return np.concatenate([first[None], later])[:, rows]
 
     def test_prefill_of_any_chunks_is_decode(self):
-        stepper = support.make_stepper(self.checkpoint("v3"))
+        stepper = support.make_stepper(self.checkpoint("v3"), prefill_chunk=64)
         tokens = self.rng.integers(0, stepper.vocab_size, 140).tolist()
         table, other = support.make_tables(self.rng, stepper)[:2]
         want = []
-        lengths, rows, tables = np.zeros((3, 8), np.int32), None, np.zeros((8, 4), np.int32)
-        del rows
+        ids, lengths, tables = (np.zeros(x, np.int32) for x in (8, 8, (8, 4)))
         tables[3] = table
         for position, token in enumerate(tokens):
-            lengths[0, 3], lengths[1, 3] = token, position + 1
-            want.append(stepper.decode(lengths[0], tables, lengths[1])[3])
+            ids[3], lengths[3] = token, position + 1
+            want.append(stepper.decode(ids, tables, lengths)[3])
         start = 0
         for size in (1, 16, 17, 33, 64, 9):
             got = stepper.prefill(tokens[start : start + size], start, other)
             start += size
             support.close(self, got, want[start - 1], 1e-5, f"up to {start}")
 
-    @parameterized.parameters("v2_lite", "v2", "v3")
-    def test_16_bits_against_float32(self, kind):
-        directory = self.checkpoint(kind)
-        plain = support.make_stepper(directory)
-        tables = support.make_tables(self.rng, plain)
-        sequences = self.sequences(plain, more=3)
-        want = self.run_all(plain, tables, sequences, 3)
-        # Pools of bfloat16 alone, then the whole model.
-        for dtype, limit in ((jnp.float32, 0.03), (jnp.bfloat16, 0.1)):
-            other = support.make_stepper(directory, dtype=dtype, attention="flash_mla")
-            self.assertEqual(other.caches[0].dtype, jnp.bfloat16)
-            got = self.run_all(other, tables, sequences, 3)
-            for row in range(want.shape[1]):
-                support.close(self, got[:, row], want[:, row], limit, f"{dtype}, row {row}")
+    @parameterized.product(kind=("v2", "v3"), dense=(True, False))
+    def test_16_bits_against_float32(self, kind, dense):
+        directory = self.checkpoint(
+            kind, num_hidden_layers=2, first_k_dense_replace=9 if dense else 1
+        )
+        float32 = support.make_stepper(directory)
+        tables = support.make_tables(self.rng, float32)
+        sequences = self.sequences(float32, more=3)
+        want = self.run_all(float32, tables, sequences, 3)
+
+        def error(dtype, kind):
+            stepper = support.make_stepper(directory, dtype=dtype, attention=kind)
+            self.assertEqual(stepper.caches[0].dtype, jnp.bfloat16)
+            got = self.run_all(stepper, tables, sequences, 3)
+            errors = np.abs(got - want).max(-1) / np.abs(want).max(-1)
+            # Rounding turns some close choices between experts: then an output is another.
+            return errors.max() if dense else np.median(errors)
+
+        # Pools of bfloat16 alone; then the whole model, against the same without the library.
+        self.assertLessEqual(error(jnp.float32, "flash_mla"), 0.03)
+        plain = error(jnp.bfloat16, "plain")
+        self.assertLessEqual(error(jnp.bfloat16, "flash_mla"), 1.5 * plain)
+        self.assertLessEqual(plain, 0.2)
 
     def test_attention_of_16_bits_against_float32(self):
         # The same keys and queries: only the decode's own rounding is left.
@@ -78,7 +90,7 @@ class StepsTest(support.CheckpointTest):
 
     @parameterized.parameters("plain", "flash_mla")
     def test_garbage_in_pages_and_tables_changes_nothing(self, kind):
-        directory = self.checkpoint("v2")
+        directory = self.checkpoint("v2", num_hidden_layers=2)
         stepper = support.make_stepper(directory, attention=kind)
         tables = support.make_tables(self.rng, stepper)
         sequences = self.sequences(stepper, more=3)
@@ -90,19 +102,36 @@ class StepsTest(support.CheckpointTest):
         got = self.run_all(stepper, tables, sequences, 3)
         np.testing.assert_array_equal(got, want)
 
+    def test_steps_write_into_the_pools_they_are_given(self):
+        stepper = support.make_stepper(self.checkpoint("v2_lite"), attention="flash_mla")
+        table = np.zeros((1, 4), np.int32)
+        one = np.zeros(16, np.int32), np.int32(0), np.int32(3), table
+        rows = np.zeros((1, 8), np.int32), np.zeros((1, 8, 4), np.int32), np.ones((1, 8), np.int32)
+        before = stepper.caches
+        for step, operands in ((stepper._prefill, one), (stepper._decode, rows)):
+            memory = step.lower(stepper.params, before, *operands).compile().memory_analysis()
+            self.assertEqual(memory.alias_size_in_bytes, sum(pool.nbytes for pool in before))
+        stepper.decode(*(x[0] for x in rows))
+        self.assertTrue(all(pool.is_deleted() for pool in before))
+
     def test_few_prefills_are_compiled(self):
-        stepper = support.make_stepper(self.checkpoint("v2_lite"))
+        # No other test has compiled for this vocabulary.
+        directory = self.checkpoint("v2_lite", num_hidden_layers=1, vocab_size=520)
+        stepper = support.make_stepper(directory, prefill_chunk=64)
         table = support.make_tables(self.rng, stepper)[0]
-        for length in (*range(1, 65, 7), 64):
-            stepper.prefill([5] * length, 0, table)
-        self.assertEqual(stepper._prefill._cache_size(), 3)  # 16, 32 and 64
+        with mock.patch.object(
+            Model, "prefill", autospec=True, side_effect=Model.prefill
+        ) as traced:
+            for length in (*range(1, 65, 7), 64):
+                stepper.prefill([5] * length, 0, table)
+        self.assertEqual(traced.call_count, 3)  # for 16, 32 and 64 tokens
 
 
 class ArgumentsTest(support.CheckpointTest):
     def setUp(self):
         super().setUp()
         self.directory = self.checkpoint("v2_lite", num_hidden_layers=1)
-        self.stepper = support.make_stepper(self.directory)
+        self.stepper = support.make_stepper(self.directory, prefill_chunk=64)
         self.table = np.arange(4, dtype=np.int32)
 
     @parameterized.named_parameters(
@@ -138,16 +167,13 @@ class ArgumentsTest(support.CheckpointTest):
         ("attention", {"attention": "none"}, "attention: expected flash_mla or plain, got none"),
         ("batch", {"max_batch": 0}, "max_batch: expected at least 1, got 0"),
         ("pools", {"max_batch": 7, "mesh": (2, 1)}, "max_batch: expected a multiple of 2 pools"),
-        ("devices", {"mesh": (3, 1)}, None),
         ("heads", {"mesh": (1, 3)}, "mesh: expected an axis model that divides num_attention"),
     )
     def test_constructor(self, changes, message):
         if "mesh" in changes:
             changes = changes | {"mesh": steps.make_mesh(*changes["mesh"])}
-        if message is None:
-            self.skipTest("")
         with self.assertRaisesRegex(ValueError, message):
-            support.make_stepper(self.directory, **changes)
+            steps.load_stepper(self.directory, **(SIZES | changes))
 
     def test_mesh(self):
         with self.assertRaisesRegex(ValueError, "mesh: expected data x model from 1 to"):

@@ -10,7 +10,7 @@ from examples.deepseek import steps
 from examples.deepseek.tests import checkpoints
 
 MAX_BLOCKS = 4
-CHUNK = 64
+CHUNK = 16  # one length to compile
 
 
 def close(test_case, got, want, limit, what=""):
@@ -22,9 +22,9 @@ def close(test_case, got, want, limit, what=""):
 
 def make_stepper(directory, **options):
     """Room for 8 sequences of 256 tokens, in float32 throughout unless told otherwise."""
-    options = {"dtype": jnp.float32, "attention": "plain", "max_batch": 8} | options
+    options = {"dtype": jnp.float32, "attention": "plain", "prefill_chunk": CHUNK} | options
     return steps.load_stepper(
-        directory, num_pages=40, max_blocks=MAX_BLOCKS, prefill_chunk=CHUNK, **options
+        directory, max_batch=8, num_pages=40, max_blocks=MAX_BLOCKS, **options
     )
 
 
@@ -43,13 +43,13 @@ def prefill(stepper, tokens, table, row=0):
     return logits
 
 
-def decode_along(stepper, tables, sequences, first, steps):
+def decode_along(stepper, tables, sequences, first, count):
     """Feeds every row `r` its tokens from `first[r]` on; an empty sequence is a row of padding.
 
-    Returns the logits of each step, `[steps, max_batch, vocabulary]`.
+    Returns the logits of each step, `[count, max_batch, vocabulary]`.
     """
     found = []
-    for i in range(steps):
+    for i in range(count):
         tokens = np.zeros(stepper.max_batch, np.int32)
         lengths = np.zeros(stepper.max_batch, np.int32)
         for row, sequence in enumerate(sequences):
