@@ -5,6 +5,7 @@ import os
 import pathlib
 
 import jax.numpy as jnp
+import numpy as np
 
 from examples.deepseek.steps import Stepper, load_stepper, make_mesh
 
@@ -84,6 +85,24 @@ def load_tokenizer(directory):
         return PreTrainedTokenizerFast.from_pretrained(directory)
     except Exception as error:  # the library raises plain `Exception` for some malformed files
         raise ValueError(f"{directory / TOKENIZER}: {error}") from error
+
+
+def warm_up(stepper) -> None:
+    """Compiles the steps for every length of a chunk, or the first requests would wait for it.
+
+    To be called before there are requests: it writes into the first pages.
+    """
+    table = np.arange(stepper.max_blocks, dtype=np.int32) % stepper.num_pages
+    longest = min(stepper.prefill_chunk, stepper.max_blocks * stepper.page_size)
+    count = 1
+    while True:
+        count = min(count, longest)
+        stepper.prefill([0] * count, 0, table)
+        if count == longest:
+            break
+        count *= 2
+    rows = np.zeros(stepper.max_batch, np.int32)  # of padding
+    stepper.decode(rows, np.zeros((stepper.max_batch, stepper.max_blocks), np.int32), rows)
 
 
 def end_tokens(directory) -> frozenset[int]:

@@ -43,7 +43,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def load_engine(
-    parser: argparse.ArgumentParser, args: argparse.Namespace
+    parser: argparse.ArgumentParser, args: argparse.Namespace, *, warm_up: bool = False
 ) -> tuple[Runner, Text, str]:
     """Loads what the options name: the running engine, the tokenizer, the model's name.
 
@@ -63,6 +63,8 @@ def load_engine(
         )
     except (OSError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
+    if warm_up:
+        load.warm_up(stepper)
     text = Text(tokenizer, load.end_tokens(args.model))
     limit = min(args.max_tokens, getattr(config, "max_position_embeddings", args.max_tokens))
     return (

@@ -296,8 +296,11 @@ def main(arguments=None):
     parser.add_argument(
         "--grace", type=int, default=10, metavar="SECONDS", help="for answers when told to end"
     )
+    parser.add_argument(
+        "--no-warm-up", action="store_true", help="compile when the first requests need it"
+    )
     args = parser.parse_args(arguments)
-    runner, text, name = options.load_engine(parser, args)
+    runner, text, name = options.load_engine(parser, args, warm_up=not args.no_warm_up)
     limits = Limits(body_bytes=args.max_body, concurrent_requests=args.max_requests)
     app = make_app(runner, text, args.name or name, limits)
     uvicorn.run(app, host=args.host, port=args.port, timeout_graceful_shutdown=args.grace)

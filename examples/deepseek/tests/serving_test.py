@@ -6,6 +6,7 @@ import pathlib
 import shutil
 from unittest import mock
 
+import jax
 import numpy as np
 from absl.testing import absltest, parameterized
 
@@ -67,6 +68,23 @@ class EngineOnTheModelTest(support.CheckpointTest):
             self.assertIsNone(answer[-1].error)
             got = [token for event in answer for token in event.tokens]
             self.assertEqual(got, generate(alone, *request))
+
+
+class WarmUpTest(support.CheckpointTest):
+    def test_no_request_compiles_anything_after_it(self):
+        stepper = steps.load_stepper(
+            self.checkpoint("v2_lite"), max_batch=2, num_pages=4, max_blocks=3, prefill_chunk=48
+        )
+        with jax.log_compiles(), self.assertLogs("jax", "WARNING") as logs:
+            load.warm_up(stepper)
+        self.assertRegex("".join(logs.output), "Compiling jit.* decode")
+        with jax.log_compiles(), self.assertNoLogs("jax", "WARNING"):
+            for length in (1, 16, 17, 48, 100):
+                engine, told = Engine(stepper), []
+                engine.submit([1] * length, Options(3), told.append)
+                while engine.step():
+                    pass
+                self.assertEqual((told[-1].finish_reason, told[-1].error), ("length", None))
 
 
 class ServingCheckpointTest(support.CheckpointTest):
