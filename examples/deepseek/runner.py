@@ -54,7 +54,7 @@ class Runner:
           EngineClosedError: the engine no longer runs.
         """
         events = queue.SimpleQueue()
-        return Stream(self, self._submit(prompt, options, events.put), events)
+        return Stream(self.engine, self._submit(prompt, options, events.put), events)
 
     def async_stream(self, prompt: Sequence[int], options: Options) -> "AsyncStream":
         """As `stream`, to be read in the running event loop."""
@@ -64,12 +64,7 @@ class Runner:
         def sink(event):
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-        return AsyncStream(self, self._submit(prompt, options, sink), events)
-
-    def cancel(self, request: Request) -> None:
-        """Ends a request; of no effect on one that is done."""
-        self.engine.cancel(request)
-        self._wake.set()
+        return AsyncStream(self.engine, self._submit(prompt, options, sink), events)
 
     def _submit(self, prompt, options, sink):
         with self._lock:
@@ -99,9 +94,9 @@ class Runner:
 class _Reader:
     """A request and its events. A context manager: leaving it cancels what is not done."""
 
-    def __init__(self, runner: Runner, request: Request, events):
+    def __init__(self, engine: Engine, request: Request, events):
         self.request = request
-        self._runner = runner
+        self._engine = engine
         self._events = events
 
     def __enter__(self):
@@ -112,7 +107,7 @@ class _Reader:
 
     def cancel(self) -> None:
         """Ends the request; of no effect if it is done."""
-        self._runner.cancel(self.request)
+        self._engine.cancel(self.request)
 
 
 class Stream(_Reader):
