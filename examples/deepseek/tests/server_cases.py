@@ -1,5 +1,6 @@
 """A real server over a fake model, and a client."""
 
+import dataclasses
 import json
 import threading
 import time
@@ -17,7 +18,8 @@ from examples.deepseek.tests.runner_test import wait_until
 from examples.deepseek.tests.toy_tokenizer import VOCAB_SIZE, toy_tokenizer
 from examples.deepseek.tokenization import Text
 
-LIMITS = Limits(body_bytes=5000, concurrent_requests=6, body_seconds=0.5, send_seconds=0.5)
+LIMITS = Limits(body_bytes=5000, concurrent_requests=6)
+IMPATIENT = dataclasses.replace(LIMITS, body_seconds=0.5, send_seconds=0.5)
 
 
 class PacedStepper(FakeStepper):
@@ -32,6 +34,7 @@ class PacedStepper(FakeStepper):
 
 class ServerCase(parameterized.TestCase):
     template = None
+    limits = LIMITS
 
     def setUp(self):
         super().setUp()
@@ -41,7 +44,7 @@ class ServerCase(parameterized.TestCase):
         self.text = Text(toy_tokenizer(self.template))
         self.engine = make_engine(self.stepper, decode=self.text.decode, eos=self.text.eos)
         self.runner = Runner(self.engine)
-        self.app = make_app(self.runner, self.text, "toy", LIMITS)
+        self.app = make_app(self.runner, self.text, "toy", self.limits)
         self.server = uvicorn.Server(
             uvicorn.Config(self.app, port=0, log_level="critical", timeout_graceful_shutdown=1)
         )
