@@ -6,6 +6,7 @@ import pathlib
 
 import jax.numpy as jnp
 import numpy as np
+from tokenizers import processors
 
 from examples.deepseek.steps import Stepper, load_stepper, make_mesh
 
@@ -77,14 +78,23 @@ def load_tokenizer(directory):
     from transformers import PreTrainedTokenizerFast
 
     directory = pathlib.Path(directory)
-    if not (directory / TOKENIZER).is_file():
-        raise FileNotFoundError(
-            f"{directory / TOKENIZER}: expected a tokenizer, found no such file"
-        )
+    path = directory / TOKENIZER
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a tokenizer, found no such file")
     try:
-        return PreTrainedTokenizerFast.from_pretrained(directory)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
     except Exception as error:  # the library raises plain `Exception` for some malformed files
-        raise ValueError(f"{directory / TOKENIZER}: {error}") from error
+        raise ValueError(f"{path}: {error}") from error
+    # Some files leave the first token to the class that the configuration names.
+    adds_bos = _field(directory / "tokenizer_config.json", "add_bos_token")
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    if adds_bos and tokenizer.backend_tokenizer.encode("").ids != [bos[1]]:
+        if bos[0] is None:
+            raise ValueError(f"{directory}: add_bos_token is set, and there is no bos_token")
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos[0]} $A", special_tokens=[bos]
+        )
+    return tokenizer
 
 
 def warm_up(stepper) -> None:
@@ -109,8 +119,11 @@ def end_tokens(directory) -> frozenset[int]:
     """The end-of-sequence tokens that `generation_config.json` and `config.json` name."""
     found = set()
     for name in ("generation_config.json", "config.json"):
-        path = pathlib.Path(directory) / name
-        if path.is_file():
-            named = json.loads(path.read_text()).get("eos_token_id")
-            found.update([named] if isinstance(named, int) else named or ())
+        named = _field(pathlib.Path(directory) / name, "eos_token_id")
+        found.update([named] if isinstance(named, int) else named or ())
     return frozenset(found)
+
+
+def _field(path, name):
+    """A field of a JSON file, None if there is no such field or file."""
+    return json.loads(path.read_text()).get(name) if path.is_file() else None

@@ -61,11 +61,11 @@ def load_engine(
             implementation=args.implementation,
             dtype=args.dtype,
         )
+        text = Text(tokenizer, load.end_tokens(args.model))
     except (OSError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     if warm_up:
         load.warm_up(stepper)
-    text = Text(tokenizer, load.end_tokens(args.model))
     limit = min(args.max_tokens, getattr(config, "max_position_embeddings", args.max_tokens))
     return (
         Runner(Engine(stepper, text.decode, eos=text.eos, max_tokens=limit)),

@@ -4,18 +4,20 @@ import io
 import json
 import pathlib
 import shutil
+import tempfile
 from unittest import mock
 
 import jax
 import numpy as np
 from absl.testing import absltest, parameterized
+from tokenizers import processors
 
 from examples.deepseek import batch, chat, load, steps
 from examples.deepseek.engine import Engine
 from examples.deepseek.request import Options
 from examples.deepseek.sampling import Sampling, sample
 from examples.deepseek.tests import support
-from examples.deepseek.tests.toy_tokenizer import EOS, toy_tokenizer
+from examples.deepseek.tests.toy_tokenizer import BOS, EOS, byte_backend, toy_tokenizer
 from examples.deepseek.tokenization import Text
 
 
@@ -116,6 +118,36 @@ class LoadTest(ServingCheckpointTest):
         (directory / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
         self.assertEqual(load.end_tokens(directory), {1, 5, 7})
         self.assertEqual(Text(toy_tokenizer(), load.end_tokens(directory)).eos, {1, 5, 7, EOS})
+
+    @parameterized.product(
+        adds_bos=(True, False, None),
+        in_file=(True, False),
+        named=("LlamaTokenizerFast", "PreTrainedTokenizerFast"),
+    )
+    def test_the_first_token_comes_once(self, adds_bos, in_file, named):
+        """As in the published files, whose configuration names a class that is of no use here."""
+        directory = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+        backend = byte_backend()
+        if not in_file:
+            backend.post_processor = processors.ByteLevel(trim_offsets=False)
+        backend.save(str(directory / "tokenizer.json"))
+        token = {"__type": "AddedToken", "lstrip": False, "rstrip": False, "normalized": True}
+        fields = {
+            "add_bos_token": adds_bos,
+            "bos_token": token | {"content": "<s>"},
+            "eos_token": token | {"content": "</s>"},
+            "tokenizer_class": named,
+            "chat_template": "{{ bos_token }}{{ messages[0].content }}",
+        }
+        fields = {name: value for name, value in fields.items() if value is not None}
+        (directory / "tokenizer_config.json").write_text(json.dumps(fields))
+        text = Text(load.load_tokenizer(directory))
+        plain = text.encode_chat([{"role": "user", "content": "hé  \n!"}])
+        self.assertEqual(plain[0], BOS)
+        self.assertEqual(plain.count(BOS), 1)
+        self.assertEqual(text.decode(plain), "hé  \n!")
+        wanted = plain if adds_bos or in_file else plain[1:]
+        self.assertEqual(text.encode("hé  \n!"), wanted)
 
     def test_no_tokenizer(self):
         directory = self.checkpoint("v2_lite")
