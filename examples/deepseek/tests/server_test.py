@@ -3,8 +3,11 @@
 import numpy as np
 from absl.testing import absltest
 
+from examples.deepseek.protocol import parse_query
 from examples.deepseek.sampling import Sampling
 from examples.deepseek.tests.server_cases import ServerCase
+from examples.deepseek.tests.toy_tokenizer import toy_tokenizer
+from examples.deepseek.tokenization import Text
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.content == 'bad' %}{{ raise_exception('no bad words') }}"
@@ -118,6 +121,28 @@ class TemplateTest(ServerCase):
         response = self.post("/v1/chat/completions", messages=[{"role": "user", "content": "bad"}])
         self.assertEqual(response.status_code, 400)
         self.assertRegex(response.json()["error"]["message"], "^messages: .*no bad words")
+
+
+class QueryTest(absltest.TestCase):
+    def parse(self, template, **body):
+        text = Text(toy_tokenizer(template))
+        return parse_query(body, text, chat="messages" in body, defaults={"max_tokens": 9})
+
+    def test_an_answer_without_a_template_ends_before_the_next_turn(self):
+        messages = [{"role": "user", "content": "Hi"}]
+        self.assertEqual(self.parse(None, messages=messages).options.stop, ("\n\nUser:",))
+        query = self.parse(None, messages=messages, stop="x")
+        self.assertEqual(query.options.stop, ("x", "\n\nUser:"))
+        self.assertEqual(self.parse(TEMPLATE, messages=messages).options.stop, ())
+        self.assertEqual(self.parse(None, prompt="Hi").options.stop, ())
+
+    def test_defaults(self):
+        self.assertEqual(self.parse(None, prompt="Hi", max_tokens=None).options.max_tokens, 9)
+        self.assertEqual(self.parse(None, prompt="Hi", max_tokens=3).options.max_tokens, 3)
+        messages = [{"role": "user", "content": "Hi"}]
+        query = self.parse(None, messages=messages, max_completion_tokens=4, max_tokens=3)
+        self.assertEqual(query.options.max_tokens, 4)
+        self.assertEqual(query.options.sampling, Sampling(1.0, 1.0, None))
 
 
 if __name__ == "__main__":
