@@ -77,6 +77,7 @@ class Engine:
         self._waiting: list[Request] = []  # by number
         self._prefilling: Request | None = None
         self._rows: list[Request | None] = [None] * stepper.max_batch
+        self._per_pool = stepper.max_batch // pools
 
     def submit(
         self, prompt: Sequence[int], options: Options, sink: Callable[[Event], None]
@@ -119,10 +120,9 @@ class Engine:
     @property
     def counts(self) -> dict[str, int]:
         """How many requests wait and run, pages are held, evictions there were."""
-        active = len(self._active())
         return {
             "waiting": len(self._inbox) + len(self._waiting),
-            "running": active,
+            "running": len(self._active()),
             "pages_held": sum(pool.held for pool in self.pools),
             "pages": sum(pool.num_pages for pool in self.pools),
             "evictions": self.evictions,
@@ -204,15 +204,13 @@ class Engine:
     def _free_rows(self):
         """A free row of each pool that has one, the pool with most pages available first."""
         order = sorted(range(len(self.pools)), key=lambda i: -self.pools[i].available)
-        per_pool = len(self._rows) // len(self.pools)
         for number in order:
             rows = self._rows_of(number)
             if None in rows:
-                yield number, number * per_pool + rows.index(None)
+                yield number, number * self._per_pool + rows.index(None)
 
     def _rows_of(self, number):
-        per_pool = len(self._rows) // len(self.pools)
-        return self._rows[number * per_pool : (number + 1) * per_pool]
+        return self._rows[number * self._per_pool : (number + 1) * self._per_pool]
 
     def _decode_rows(self):
         for request in sorted(self._active(), key=lambda r: r.number):
@@ -235,8 +233,11 @@ class Engine:
         except Exception as error:  # whose fault it is cannot be told
             for request in running:
                 self._finish(request, "error", error)
+            # What the step left in the pages is not known.
             for pool in self.pools:
-                pool.forget()  # what the step left in the pages is not known
+                pool.forget()
+            if self._prefilling is not None:
+                self._evict(self._prefilling)
             return
         for request in running:
             _, row = request.place

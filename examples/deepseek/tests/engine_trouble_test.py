@@ -140,23 +140,26 @@ class TroubleTest(EngineCase):
                     raise RuntimeError("device lost its way")
                 return super().decode(tokens, block_table, cache_seqlens)
 
-        stepper = Failing(max_batch=2)
+        stepper = Failing(max_batch=3)
         engine = make_engine(stepper)
         prompt = self.prompt(8)
         readers = [self.start(engine, prompt, max_tokens=5) for _ in range(2)]
+        half = self.start(engine, self.prompt(15), max_tokens=5)
         late = self.start(engine, prompt, max_tokens=5)
-        for _ in range(3):
+        while half.request.stored == 0:
             engine.step()
         stepper.fail = True
         engine.step()
+        assert_books_agree(engine)
         stepper.fail = False
+        self.assertEmpty(half.tokens)
         self.run_all(engine)
         for reader in readers:
             self.assertEqual(reader.finish_reason, "error")
             self.assertRegex(str(reader.error), "lost its way")
         # The pages that the failed step left are not used again.
         self.assertEqual(late.request.cached_tokens, 0)
-        self.assert_right(engine, late)
+        self.assert_right(engine, half, late)
 
     def test_logits_that_are_not_finite_end_one_request(self):
         class Overflowing(FakeStepper):
