@@ -79,22 +79,24 @@ def sample(logits: np.ndarray, sampling: Sampling, generator: np.random.Generato
         raise FloatingPointError("the model gave logits that are NaN or infinite")
     if sampling.temperature == 0:
         return int(np.argmax(logits))
+    # Vocabularies are large: 32 bits are enough, and most is done in place.
+    weights = logits - logits.max()
     with np.errstate(over="ignore"):  # to -inf, with temperatures near 0: weight 0
-        scaled = (logits - logits.max()) / np.float64(sampling.temperature)
-        # Vocabularies are large: 32 bits are enough, and several times as fast.
-        weights = np.exp(scaled.astype(np.float32))
-    tokens = np.arange(len(weights))
+        weights *= np.float32(min(1 / sampling.temperature, 1e30))
+    np.exp(weights, out=weights)
+    tokens = None
     if sampling.top_p < 1:
         whole = weights.sum(dtype=np.float64)
         # Those below the cut cannot add up to what the others may lack: none of them is needed, and
         # few are left to sort.
         cut = (1 - sampling.top_p) * whole / len(weights)
-        likely = np.sort(weights[weights >= cut])[::-1]
-        needed = np.searchsorted(np.cumsum(likely.astype(np.float64)), sampling.top_p * whole)
+        likely = np.sort(weights[weights >= cut])[::-1].astype(np.float64)
+        needed = np.searchsorted(np.cumsum(likely), sampling.top_p * whole)
         tokens = np.flatnonzero(weights >= likely[min(needed, len(likely) - 1)])
         weights = weights[tokens]
-    total = np.cumsum(weights.astype(np.float64))
+    total = weights.astype(np.float64)
+    np.cumsum(total, out=total)
     # `random` is 1 - 2**-53 at most, and the product below the sum even when rounded: no token of
     # weight 0 is drawn.
-    drawn = generator.random() * total[-1]
-    return int(tokens[np.searchsorted(total, drawn, side="right")])
+    index = np.searchsorted(total, generator.random() * total[-1], side="right")
+    return int(index if tokens is None else tokens[index])

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import socket
 
 import httpx
 from absl.testing import absltest, parameterized
@@ -127,6 +128,14 @@ class RefusalsTest(ServerCase):
                 response = self.client.post("/v1/completions", content=content)
                 self.assertEqual(response.status_code, 413)
                 self.assertRegex(response.json()["error"]["message"], "at most 5000 bytes")
+        self.assert_serves()
+
+    def test_a_large_body_is_refused_before_it_is_sent(self):
+        with socket.create_connection(self.address, timeout=20) as connection:
+            connection.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 5001\r\n\r\n"
+            )
+            self.assertIn(b" 413 ", connection.recv(100))
         self.assert_serves()
 
     def test_too_many_requests(self):
