@@ -154,6 +154,7 @@ class SlowClientsTest(ServerCase):
             }  # fmt: skip
             begin = time.monotonic()
             await self.app(scope, receive, send)
+            self.assertLen(asyncio.all_tasks(), 1)  # nothing waits for this client any more
             return time.monotonic() - begin
 
         self.assertLess(asyncio.run(main()), IMPATIENT.send_seconds + 10)
