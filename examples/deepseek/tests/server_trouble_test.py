@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import httpx
@@ -103,6 +104,13 @@ class TroubleTest(ServerCase):
         self.runner.close()
         self.assertEqual(self.post(prompt="x").status_code, 503)
         self.assertEqual(self.client.get("/health").status_code, 503)
+
+    def test_an_engine_that_closes_under_a_request(self):
+        self.stepper.seconds = 0.02
+        threading.Timer(0.3, self.runner.close).start()
+        response = self.post(prompt="x", max_tokens=390, ignore_eos=True)
+        self.assertEqual(response.status_code, 503)
+        self.assertRegex(response.json()["error"]["message"], "closed before the request was done")
 
     def test_shutdown_while_a_request_runs(self):
         self.stepper.seconds = 0.05
