@@ -14,8 +14,9 @@ from absl.testing import absltest, parameterized
 
 from examples.deepseek import batch, chat, load
 from examples.deepseek.request import Options
+from examples.deepseek.runner import Runner
 from examples.deepseek.sampling import Sampling
-from examples.deepseek.tests.fake_stepper import FakeStepper, generate
+from examples.deepseek.tests.fake_stepper import FakeStepper, generate, make_engine
 from examples.deepseek.tests.runner_test import wait_until
 from examples.deepseek.tests.toy_tokenizer import EOS, VOCAB_SIZE, toy_tokenizer
 from examples.deepseek.text import TextStream
@@ -114,6 +115,18 @@ class BatchTest(CommandLineCase):
         prompt = self.text.encode("User: Hi\n\nAssistant:")
         self.assertEqual(result["text"], self.want(prompt, 20, Sampling(0.9, 0.8, 3))[0])
         self.assertEqual(code, 0)
+
+    def test_lines_that_nobody_waits_for_are_cancelled(self):
+        decode = self.stepper.decode
+        self.stepper.decode = lambda *operands: time.sleep(0.01) or decode(*operands)
+        with Runner(make_engine(self.stepper, decode=self.text.decode)) as runner:
+            lines = [json.dumps({"prompt": "x", "max_tokens": 1 + 80 * i}).encode() for i in (0, 1)]
+            results = batch.answer_lines([*lines, *lines], runner, self.text, {})
+            self.assertEqual(next(results)["line"], 1)
+            results.close()
+            wait_until(lambda: runner.engine.counts["running"] == 0)
+            self.assertEqual(runner.engine.counts["pages_held"], 0)
+            self.assertLess(self.stepper.decodes, 40)
 
     def test_ids_that_are_no_unicode(self):
         (result,), code = self.answer(b'{"prompt": "x", "id": "\\ud800"}')

@@ -98,6 +98,10 @@ class AnswersTest(ServerCase):
             (choice,) = answer["choices"]
             self.assertEqual(choice["text"], whole[: whole.index(letters[-1])])
             self.assertEqual(choice["finish_reason"], "stop")
+            # The stop string itself has no text, but the stream's end must be told.
+            chunks = self.events(prompt="Hello", temperature=0, max_tokens=40, stop=stop)
+            self.assertEqual("".join(c["choices"][0]["text"] for c in chunks), choice["text"])
+            self.assertEqual(chunks[-1]["choices"][0]["finish_reason"], "stop")
 
     def test_models_and_health(self):
         models = self.client.get("/v1/models").json()
