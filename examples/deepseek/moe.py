@@ -82,8 +82,14 @@ class Moe(nnx.Module):
             return nnx.Param(draw(rngs.params(), (experts, rows, columns), dtype))
 
         self.config, self.axis = config, axis
-        # In float32, as the published code computes it: choices are not continuous.
-        self.router = nnx.Linear(config.hidden_size, experts, use_bias=False, rngs=rngs)
+        # In float32, as the published code computes it, on GPUs too: choices are not continuous.
+        self.router = nnx.Linear(
+            config.hidden_size,
+            experts,
+            use_bias=False,
+            precision=jax.lax.Precision.HIGHEST,
+            rngs=rngs,
+        )
         biased = config.topk_method == "noaux_tc"
         self.bias = nnx.Param(jnp.zeros(experts)) if biased else nnx.data(None)
         self.gate = stack(config.hidden_size, inner)
