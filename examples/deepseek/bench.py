@@ -8,6 +8,7 @@ experts and columns over 4 devices.
 
 import dataclasses
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from benchmarks import report
 from benchmarks.timing import time_wall
 from examples.deepseek import steps
 from examples.deepseek.attention import PAGE, Step, append, attend_with_flash_mla
-from examples.deepseek.config import LATENT_DIM, ROPE_DIM, parse_config
+from examples.deepseek.config import parse_config
 from examples.deepseek.layout import sources
 from examples.deepseek.model import abstract_model
 from examples.deepseek.presets import TINY, V2_LITE
@@ -29,33 +30,25 @@ BATCHES, CONTEXTS = (1, 8, 32, 128), (1024, 4096, 16384)
 TINY_BATCHES, TINY_CONTEXTS = (1, 4), (64, 256)
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """What a row of the report measures."""
-
-    batch: int
-    context: int  # tokens of every sequence, the new one included
-    implementation: str
-
-
 def draw_params(config, mesh, dtype, key):
     """Random parameters on the mesh, each drawn where it lies."""
     shapes = abstract_model(config, jnp.dtype(dtype))[2]
     params = {}
     for name, source in sources(config).items():
-        shape, sharding = shapes[name], jax.NamedSharding(mesh, source.spec)
+        shape = shapes[name].shape
+        fan_in = None if len(shape) == 1 else shape[-2]
+        sharding = jax.NamedSharding(mesh, source.spec)
         key, used = jax.random.split(key)
-        params[name] = _draw(shape.shape, shape.dtype, name.endswith("scale"), sharding)(used)
+        params[name] = _draw(shape, shapes[name].dtype, fan_in, sharding)(used)
     return params
 
 
 @functools.cache
-def _draw(shape, dtype, ones, sharding):
+def _draw(shape, dtype, fan_in, sharding):
+    """A jitted function of a key: normal, with the variance that keeps a product's at 1."""
+
     def draw(key):
-        if ones:
-            return jnp.ones(shape, dtype)
-        fan_in = shape[-1] if len(shape) == 1 else shape[-2]
-        return (jax.random.normal(key, shape, dtype) * fan_in**-0.5).astype(dtype)
+        return jax.random.normal(key, shape, dtype) * ((fan_in or 1) ** -0.5)
 
     return jax.jit(draw, out_shardings=sharding)
 
@@ -74,19 +67,17 @@ def make_operands(stepper, context):
 
 
 def fill(caches):
-    """Pools of random rows of unit variance, in place of empty ones."""
-    draw = jax.jit(
-        lambda pool, key: jax.random.normal(key, pool.shape, pool.dtype),
-        donate_argnums=0,
-        out_shardings=caches[0].sharding,
-    )
-    return [draw(pool, jax.random.key(i)) for i, pool in enumerate(caches)]
+    """Puts pools of random rows of unit variance in place of empty ones, one after the other."""
+    for number, pool in enumerate(caches):
+        shape, dtype, sharding = pool.shape, pool.dtype, pool.sharding
+        caches[number] = pool = None  # there may be no room for two of each
+        caches[number] = _draw(shape, dtype, None, sharding)(jax.random.key(number))
 
 
 def make_attention(config, mesh, implementation):
     """All layers' attention and nothing else: the plan, and each layer's append and decode.
 
-    `(queries, rows, caches, block_table, cache_seqlens)` to the sum of the outputs, and the caches.
+    `(queries, rows, caches, block_table, cache_seqlens)` to the last layer's outputs, and the caches.
     """
     heads = P("data", "model")
 
@@ -127,50 +118,51 @@ def timed(run, caches, calls, rounds):
     return [time_wall(call, calls=calls) for _ in range(rounds)], box[0]
 
 
-def measure(config, params, mesh, case, rounds, calls):
-    """A row of the report."""
+def measure(config, params, mesh, batch, contexts, implementation, rounds, calls):
+    """Rows of the report, one for each context: the same programs on the same pools."""
+    blocks = -(-max(contexts) // PAGE)
     pools = mesh.shape["data"]
-    blocks = -(-case.context // PAGE)
     stepper = steps.Stepper(
         config,
         params,
-        max_batch=case.batch,
-        num_pages=blocks * case.batch // pools,
+        max_batch=batch,
+        num_pages=blocks * batch // pools,
         max_blocks=blocks,
         mesh=mesh,
-        implementation=case.implementation,
+        implementation=implementation,
     )
-    caches, stepper.caches = fill(stepper.caches), None
-    operands = tokens, tables, lengths = make_operands(stepper, case.context)
-    without = steps.make_decode(config, mesh, skip_attention, case.implementation)
-    attention = make_attention(config, mesh, case.implementation)
+    fill(stepper.caches)
+    caches, stepper.caches = stepper.caches, None
+    without = steps.make_decode(config, mesh, skip_attention, implementation)
+    attention = make_attention(config, mesh, implementation)
     keys = jax.random.split(jax.random.key(1), 3)
-    rows = (case.batch, config.num_attention_heads)
-    dtype = caches[0].dtype
-    q_nope = jax.random.normal(keys[0], (*rows, LATENT_DIM), dtype)
-    q_rope = jax.random.normal(keys[1], (*rows, ROPE_DIM), dtype)
-    new = jax.random.normal(keys[2], (*tokens.shape, 1, LATENT_DIM + ROPE_DIM), dtype)
+    shape, dtype = (batch, config.num_attention_heads), caches[0].dtype
+    q = [jax.random.normal(keys[i], (*shape, n), dtype) for i, n in enumerate((512, 64))]
+    new = jax.random.normal(keys[2], (pools, batch // pools, 1, 576), dtype)
 
-    samples = {}
-    samples["step_us"], caches = timed(
-        lambda x: stepper._decode(params, x, *operands), caches, calls, rounds
-    )
-    samples["without_attention_us"], caches = timed(
-        lambda x: without(params, x, *operands), caches, calls, rounds
-    )
-    samples["attention_us"], caches = timed(
-        lambda x: attention(q_nope, q_rope, new, x, tables, lengths), caches, calls, rounds
-    )
-    stepper.caches = caches
-    host = [np.asarray(x).reshape(case.batch, *x.shape[2:]) for x in operands]
-    samples["with_host_us"] = [
-        time_wall(lambda: stepper.decode(*host), calls=1) for _ in range(rounds)
-    ]
-    row = dataclasses.asdict(case) | {k: report.summary(v) for k, v in samples.items()}
-    step, alone = row["step_us"]["median"], row["attention_us"]["median"]
-    row["tokens_per_s"] = round(case.batch / step * 1e6, 1)
-    row["attention_share"] = round(alone / step, 3)
-    return row
+    rows = []
+    for context in contexts:
+        operands = make_operands(stepper, context)
+        runs = {
+            "step_us": lambda x, o=operands: stepper._decode(params, x, *o),
+            "without_attention_us": lambda x, o=operands: without(params, x, *o),
+            "attention_us": lambda x, o=operands: attention(*q, new, x, *o[1:]),
+        }
+        row = {"batch": batch, "context": context, "implementation": implementation}
+        for name, run in runs.items():
+            samples, caches = timed(run, caches, calls, rounds)
+            row[name] = report.summary(samples)
+        host = [np.asarray(x).reshape(batch, *x.shape[2:]) for x in operands]
+        stepper.caches = caches
+        whole = [time_wall(lambda h=host: stepper.decode(*h), calls=1) for _ in range(rounds)]
+        caches, stepper.caches = stepper.caches, None
+        row["with_host_us"] = report.summary(whole)
+        step, alone = row["step_us"]["median"], row["attention_us"]["median"]
+        row["tokens_per_s"] = round(batch / step * 1e6, 1)
+        row["attention_share"] = round(alone / step, 3)
+        rows.append(row)
+        print(f"{implementation}, {batch} x {context:,}: {step:,.0f} µs", flush=True)
+    return rows
 
 
 def parse(arguments=None):
@@ -183,6 +175,7 @@ def parse(arguments=None):
     parser.add_argument("--implementation", nargs="+", choices=("cuda", "xla"))
     parser.add_argument("--data", default=1, **number, help="pools; default: 1")
     parser.add_argument("--model", default=1, **number, help="devices of a pool; default: 1")
+    parser.add_argument("--every-expert-up-to", default=0, **number, help="tokens; see `Config`")
     parser.add_argument("--rounds", default=5, **number, help="samples of each time; default: 5")
     parser.add_argument("--calls", default=10, **number, help="in flight; default: 10")
     args = parser.parse_args(arguments)
@@ -214,24 +207,25 @@ def main():
     """Measures, prints, writes `deepseek[_tiny][_<data>x<model>].json`."""
     args = parse()
     mesh = steps.make_mesh(args.data, args.model)
-    config = parse_config(TINY if args.tiny else V2_LITE)
+    fields = TINY if args.tiny else V2_LITE
+    config = parse_config(fields)
+    config = dataclasses.replace(config, every_expert_up_to=args.every_expert_up_to)
     start, rows = report.gpu_state(), []
     dtype = jnp.float32 if args.tiny else jnp.bfloat16
     params = draw_params(config, mesh, dtype, jax.random.key(0))
     name = "deepseek" + "_tiny" * args.tiny
     name += f"_{args.data}x{args.model}" * (mesh.size > 1)
     extra = {
-        "config": TINY if args.tiny else V2_LITE,
+        "config": fields,
         "mesh": dict(mesh.shape),
-        "pallas_ragged_dot": jax.config.jax_ragged_dot_use_gpu_pallas_triton_lowering,
+        "every_expert_up_to": args.every_expert_up_to,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
     for batch in args.batch:
-        for context in args.context:
-            for implementation in args.implementation:
-                case = Case(batch, context, implementation)
-                rows.append(measure(config, params, mesh, case, args.rounds, args.calls))
-                print(f"{case}: {rows[-1]['step_us']['median']:,.0f} µs", flush=True)
-                report.write(name, WHAT, rows, args.out, start, done=False, **extra)
+        for implementation in args.implementation:
+            case = batch, args.context, implementation, args.rounds, args.calls
+            rows += measure(config, params, mesh, *case)
+            report.write(name, WHAT, rows, args.out, start, done=False, **extra)
     report.write(name, WHAT, rows, args.out, start, **extra)
     times = "step_us", "attention_us", "without_attention_us", "with_host_us"
     columns = ["batch", "context", "implementation", "tokens_per_s", "attention_share"]

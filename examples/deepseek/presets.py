@@ -56,11 +56,11 @@ TINY = V2_LITE | {
     "num_key_value_heads": 4,
     "qk_nope_head_dim": 32,
     "v_head_dim": 32,
-    "n_routed_experts": 8,
+    "n_routed_experts": 4,
     "n_shared_experts": 1,
     "num_experts_per_tok": 2,
     "rope_scaling": V2_LITE["rope_scaling"]
     | {"factor": 4, "original_max_position_embeddings": 256},
     "max_position_embeddings": 1024,
-    "vocab_size": 1024,
+    "vocab_size": 2048,
 }

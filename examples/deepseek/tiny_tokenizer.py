@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -18,16 +19,19 @@ CHAT_TEMPLATE = (
 
 
 def repository_text() -> list[str]:
-    """The repository's Markdown files, in the order of their names."""
-    hidden = (".", "build", "dist", "bazel-")
-    paths = [
-        path
-        for path in sorted(ROOT.rglob("*.md"))
-        if not any(part.startswith(hidden) for part in path.relative_to(ROOT).parts[:-1])
-    ]
-    if not paths:
-        raise FileNotFoundError(f"{ROOT}: expected Markdown files to train on, found none")
-    return [path.read_text() for path in paths]
+    """The prose of the repository's documentation: no tables, programs, pictures or comments.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+    """
+    names = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "cuda/README.md"]
+    paths = [ROOT / name for name in names] + sorted((ROOT / "docs").glob("*.md"))
+    texts = []
+    for path in paths:
+        text = re.sub(r"```.*?```|<!--.*?-->", "", path.read_text(), flags=re.DOTALL)
+        lines = [line for line in text.splitlines() if not line.startswith(("|", "    ", "!["))]
+        texts.append(re.sub(r"\n{3,}", "\n\n", "\n".join(lines)))
+    return texts
 
 
 def train_tokenizer(vocab_size: int) -> Tokenizer:

@@ -25,7 +25,7 @@ from examples.deepseek.model import bind
 from examples.deepseek.presets import TINY
 from examples.deepseek.tiny_tokenizer import repository_text, save_tokenizer, train_tokenizer
 
-BATCH, TOKENS = 8, 128
+BATCH, TOKENS = 4, 128
 LEARNING_RATE = 3e-3
 
 
@@ -67,31 +67,41 @@ def make_step(config, optimizer):
     return step
 
 
-def draw_batch(text, rng):
-    """Pieces of the text from anywhere in it, each behind the token that starts a sequence."""
-    starts = rng.integers(0, len(text) - TOKENS, BATCH)
-    pieces = text[starts[:, None] + np.arange(TOKENS)]
+def draw_batch(text, starts, rng):
+    """Pieces of the text, each behind the token that starts a sequence."""
+    pieces = text[rng.choice(starts, BATCH)[:, None] + np.arange(TOKENS)]
     return np.concatenate([np.zeros((BATCH, 1), text.dtype), pieces], axis=1)
 
 
+def encode_text(tokenizer):
+    """The repository's text as int32 tokens `[n]`, and where its paragraphs start."""
+    tokens, starts = [], []
+    for text in repository_text():
+        for paragraph in text.split("\n\n"):
+            starts.append(len(tokens))
+            tokens += tokenizer.encode(paragraph.strip("\n") + "\n\n").ids[1:]
+        tokens[-1] = 1
+    starts = np.array(starts)
+    return np.array(tokens, np.int32), starts[starts + TOKENS <= len(tokens)]
+
+
 def train(steps, seed=0, progress=None):
-    """Trains on the repository's text.
+    """Trains on the repository's text, from the starts of its paragraphs.
 
     Returns the tokenizer, the published tensors and the loss of each step.
     """
     rng = np.random.default_rng(seed)
     tokenizer = train_tokenizer(TINY["vocab_size"])
-    texts = [[*tokenizer.encode(text).ids[1:], 1] for text in repository_text()]
-    text = np.concatenate(texts).astype(np.int32)
+    text, starts = encode_text(tokenizer)
     config = parse_config(TINY)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, steps // 10, steps)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, steps // 20, steps)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.0)
     )
     tensors = draw_weights(config, rng)
     state, step, losses = optimizer.init(tensors), make_step(config, optimizer), []
     for number in range(steps):
-        tensors, state, loss = step(tensors, state, draw_batch(text, rng))
+        tensors, state, loss = step(tensors, state, draw_batch(text, starts, rng))
         losses.append(float(loss))
         if progress is not None:
             progress(number + 1, losses[-1])

@@ -1,5 +1,6 @@
 """Small random checkpoints in the published layout."""
 
+import functools
 import json
 import pathlib
 
@@ -9,6 +10,7 @@ import safetensors.numpy
 
 from examples.deepseek.config import parse_config
 from examples.deepseek.layout import published_shapes
+from examples.deepseek.tiny_tokenizer import save_tokenizer, train_tokenizer
 
 YARN = {
     "type": "yarn",
@@ -89,6 +91,9 @@ FIELDS = {
 }
 
 
+make_tokenizer = functools.cache(train_tokenizer)
+
+
 def random_tensors(fields, rng) -> dict[str, np.ndarray]:
     """Every tensor of the layout, float32; outputs near unit variance, softmaxes not uniform."""
     config = parse_config(fields)
@@ -108,10 +113,11 @@ def random_tensors(fields, rng) -> dict[str, np.ndarray]:
 
 
 def write(directory, fields, tensors, shards=3) -> pathlib.Path:
-    """Writes `config.json` and the tensors, in one file or several with an index."""
+    """Writes `config.json`, a tokenizer, and the tensors: in one file or several with an index."""
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(fields, indent=1))
+    save_tokenizer(make_tokenizer(fields["vocab_size"]), directory)
     if shards == 1:
         safetensors.numpy.save_file(tensors, directory / "model.safetensors", {"format": "pt"})
         return directory

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from examples.deepseek.tests import checkpoints, support
+from examples.deepseek.tiny_tokenizer import repository_text
 
 STEPS = 8  # of decode; they cross page boundaries
 LENGTHS = (1, 5, 59, 62, 63, 64, 65, 130)  # of the prompts
@@ -28,7 +29,14 @@ class TransformersTest(support.CheckpointTest):
     def both(self, kind, changes):
         directory = self.checkpoint(kind, **changes)
         theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+        self.text = tokenizer("\n".join(repository_text())).input_ids
         return theirs.eval(), support.make_stepper(directory)
+
+    def pieces(self, more):
+        """Tokens of the repository's text, from anywhere, of all `LENGTHS`."""
+        starts = self.rng.integers(0, len(self.text) - 200, len(LENGTHS))
+        return [self.text[i : i + n + more] for i, n in zip(starts, LENGTHS, strict=True)]
 
     @parameterized.named_parameters((name, *case) for name, case in CASES.items())
     def test_logits_of_prefill_and_every_step(self, kind, changes):
@@ -48,7 +56,7 @@ class TransformersTest(support.CheckpointTest):
     def test_greedy_token_by_token(self, kind):
         theirs, stepper = self.both(kind, {})
         tables = support.make_tables(self.rng, stepper)
-        prompts = [self.rng.integers(0, stepper.vocab_size, n).tolist() for n in LENGTHS]
+        prompts = self.pieces(0)
         greedy = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": None}
         want = []
         for prompt in prompts:
