@@ -230,6 +230,9 @@ class ChatTest(CommandLineCase):
             return decode(*operands)
 
         self.stepper.decode = interrupted
+        # A shell's background jobs ignore it.
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.addCleanup(signal.signal, signal.SIGINT, handler)
         shown = self.chat("Hi", "So?", arguments=["--max-new-tokens=30"])
         self.assertStartsWith(shown, chat.printable(said) + " (interrupted)\n[")
         asked += f" {said}\n\nUser: So?\n\nAssistant:"
