@@ -77,7 +77,7 @@ def fill(caches):
 def make_attention(config, mesh, implementation):
     """All layers' attention and nothing else: the plan, and each layer's append and decode.
 
-    `(queries, rows, caches, block_table, cache_seqlens)` to the last layer's outputs, and the caches.
+    `(queries, rows, caches, block_table, cache_seqlens)` to the last outputs, and the caches.
     """
     heads = P("data", "model")
 

@@ -137,8 +137,8 @@ def _put(files: Files, source: Source, expected, sharding, block) -> jax.Array:
     """Reads what a parameter is made of, and sends it to the devices."""
 
     def make(names):
-        made = source.assemble([files.read(name, block) for name in names])
-        return np.ascontiguousarray(made.astype(expected.dtype))
+        tensors = [files.read(name, block).astype(expected.dtype, copy=False) for name in names]
+        return np.ascontiguousarray(source.assemble(tensors))
 
     if not source.stacked:
         return jax.device_put(make(source.names), sharding)

@@ -1,8 +1,10 @@
 """Loading: the published layout, FP8, meshes, and what is wrong with a checkpoint."""
 
+import itertools
 import json
 import pathlib
 import tempfile
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -92,6 +94,27 @@ class LoadTest(support.CheckpointTest):
             divided = any(source.spec) and model > 1
             part = params[name].addressable_shards[0].data
             self.assertEqual(part.size * (model if divided else 1), params[name].size)
+
+    def test_little_is_on_the_host_at_a_time(self):
+        self.write("v3")
+        events = []
+
+        def note(event, function):
+            def noted(*args):
+                events.append(event)
+                return function(*args)
+
+            return noted
+
+        with (
+            mock.patch.object(weights.Files, "read", note("read", weights.Files.read)),
+            mock.patch.object(jax, "device_put", note("put", jax.device_put)),
+        ):
+            self.load(mesh=make_mesh(1, 8))
+        # One tensor, or the 2 of 16 experts that one of 8 devices has, between copies to devices.
+        reads = [len(list(group)) for event, group in itertools.groupby(events) if event == "read"]
+        self.assertEqual(set(reads), {1, 2})
+        self.assertEqual(reads.count(2), 8 * 3 * 2)  # devices, matrices, layers
 
     def test_fp8_is_dequantized(self):
         fields, tensors = self.write("v3", quantization_config=FP8, hidden_size=200)
