@@ -151,6 +151,7 @@ class LoadTest(ServingCheckpointTest):
 
     def test_no_tokenizer(self):
         directory = self.checkpoint("v2_lite")
+        (directory / "tokenizer.json").unlink()
         with self.assertRaisesRegex(FileNotFoundError, "tokenizer.json: expected a tokenizer"):
             self.load(directory)
 
