@@ -122,7 +122,8 @@ class RunnerTest(absltest.TestCase):
         runner.close()
 
     def test_a_thread_that_fails_leaves_nobody_waiting(self):
-        hook, threading.excepthook = threading.excepthook, lambda arguments: None
+        hook, told = threading.excepthook, []
+        threading.excepthook = lambda arguments: told.append(arguments.exc_type)
         self.addCleanup(setattr, threading, "excepthook", hook)
         runner = self.run_engine()
 
@@ -133,7 +134,8 @@ class RunnerTest(absltest.TestCase):
         stream = runner.stream([1], Options())
         (event,) = stream
         self.assertRegex(str(event.error), "a mistake in the engine")
-        wait_until(lambda: runner.closed)
+        wait_until(lambda: told == [ZeroDivisionError])  # with its traceback, for the log
+        self.assertTrue(runner.closed)
         with self.assertRaises(EngineClosedError):
             runner.stream([1], Options())
 
