@@ -28,7 +28,7 @@ COMMON = {
     "hidden_size": 96,
     "intermediate_size": 160,
     "moe_intermediate_size": 48,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 8,
     "num_key_value_heads": 8,
     "kv_lora_rank": 512,

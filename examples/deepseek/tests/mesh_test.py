@@ -46,7 +46,7 @@ class MeshTest(support.CheckpointTest):
     def test_against_one_device(self, kind, data, model, attention):
         # In 16 bits without experts, between which rounding may choose differently.
         dense = 9 if attention == "flash_mla" else 1
-        directory = self.checkpoint(kind, num_hidden_layers=2, first_k_dense_replace=dense)
+        directory = self.checkpoint(kind, first_k_dense_replace=dense)
         one = support.make_stepper(directory, attention=attention)
         sequences = [
             self.rng.integers(0, one.vocab_size, n + STEPS * bool(n)).tolist() for n in LENGTHS
@@ -58,7 +58,7 @@ class MeshTest(support.CheckpointTest):
         support.close(self, self.run_all(many, sequences), want, limit)
 
     def test_every_expert_on_a_mesh(self):
-        directory = self.checkpoint("v3", num_hidden_layers=2)
+        directory = self.checkpoint("v3")
         config = dataclasses.replace(configs.read_config(directory), every_expert_up_to=8)
         tokens, lengths = np.arange(8, dtype=np.int32), np.ones(8, np.int32)
 

@@ -50,9 +50,7 @@ class StepsTest(support.CheckpointTest):
 
     @parameterized.product(kind=("v2", "v3"), dense=(True, False))
     def test_16_bits_against_float32(self, kind, dense):
-        directory = self.checkpoint(
-            kind, num_hidden_layers=2, first_k_dense_replace=9 if dense else 1
-        )
+        directory = self.checkpoint(kind, first_k_dense_replace=9 if dense else 1)
         float32 = support.make_stepper(directory)
         tables = support.make_tables(self.rng, float32)
         sequences = self.sequences(float32, more=3)
@@ -90,7 +88,7 @@ class StepsTest(support.CheckpointTest):
 
     @parameterized.parameters("plain", "flash_mla")
     def test_garbage_in_pages_and_tables_changes_nothing(self, kind):
-        directory = self.checkpoint("v2", num_hidden_layers=2)
+        directory = self.checkpoint("v2")
         stepper = support.make_stepper(directory, attention=kind)
         tables = support.make_tables(self.rng, stepper)
         sequences = self.sequences(stepper, more=3)

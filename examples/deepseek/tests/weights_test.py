@@ -30,7 +30,7 @@ class LoadTest(support.CheckpointTest):
         self.directory = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
 
     def write(self, kind, tensors=None, shards=3, **changes):
-        fields = checkpoints.FIELDS[kind] | changes
+        fields = checkpoints.FIELDS[kind] | {"num_hidden_layers": 3} | changes
         if tensors is None:
             tensors = checkpoints.random_tensors(fields, self.rng)
         checkpoints.write(self.directory, fields, tensors, shards)
