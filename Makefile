@@ -10,7 +10,7 @@ RUN := $(VENV)/bin/python
 NATIVE_SOURCES := $(shell find cuda -name '*.cu*' -o -name '*.cc' -o -name '*.h')
 SETUP := pyproject.toml CMakeLists.txt $(wildcard tools/*.py) $(NATIVE_SOURCES)
 
-.PHONY: demo test test-oldest test-bazel lint format docs notebook wheel bench figures clean
+.PHONY: demo test test-oldest test-bazel example lint format docs notebook wheel bench figures clean
 
 demo: $(VENV)/ready
 	@$(RUN) examples/decode_loop.py
@@ -25,6 +25,15 @@ test-oldest:
 # The tests under Bazel, without kernels; see docs/bazel.md.
 test-bazel: $(VENV)/ready
 	@JAX_FLASHMLA_PYTHON=$(abspath $(RUN)) bazel test //... --config=nocuda
+
+# The model of examples/deepseek: its tests, and one trained for a minute on this repository's text.
+# Compared with PyTorch's where that is installed.
+example: $(VENV)/ready-for-example
+	@$(RUN) -m pytest examples/deepseek/tests
+	@$(RUN) -m examples.deepseek.train_tiny build/deepseek_tiny
+	@printf 'The pool is\nWhat bounds a decode\n' | $(RUN) -m examples.deepseek.chat --complete \
+	  --model build/deepseek_tiny --dtype float32 --max-new-tokens 60 --seed 0
+	@$(RUN) -m examples.deepseek.bench --tiny --out build/deepseek_tiny
 
 lint: $(VENV)/ready-for-lint
 	@$(VENV)/bin/ruff check .
