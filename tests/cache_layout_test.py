@@ -12,7 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from jax_flashmla import append_kv_cache, flash_mla_with_kvcache, get_mla_metadata, native
+from jax_flashmla import (
+    append_kv_cache,
+    cache_layout,
+    flash_mla_with_kvcache,
+    get_mla_metadata,
+    native,
+)
 from tests import oracle, problems, support
 
 PAGE_SIZES = 1, 16, 32, 64, 128, 256, 512, 1024
@@ -259,6 +265,17 @@ class KernelTest(LayoutTest):
         call = self.lower((3, max_len, 1, 640), False, implementation)
         self.assertIn(f"tensor<1x{3 * pages}x{page}x1x640xbf16>", call)
         self.assertIn(f"tensor<1x3x{pages}xi32>", call)
+
+    @parameterized.parameters(80, 96, 2048)
+    def test_an_unpaged_cache_cut_into_pages_is_the_same(self, max_len):
+        lengths = [0, 1, max_len, max_len // 2 + 1]
+        problem = problems.make_unpaged_problem(self.rng, lengths, max_len, h_q=1)
+        cut = cache_layout.cut_for_kernel(problem.k_cache[None], problem.block_table[None])
+        k_cache, block_table = (np.asarray(x[0]) for x in cut)
+        self.assertIn(k_cache.shape[1], cache_layout.KERNEL_PAGE_SIZES)
+        same = dataclasses.replace(problem, k_cache=k_cache, block_table=block_table)
+        for x, y in zip(oracle.decode(*same.arrays), oracle.decode(*problem.arrays), strict=True):
+            np.testing.assert_array_equal(x, y)
 
     @parameterized.parameters(1, 8, 100)
     def test_unpaged_of_a_length_that_it_does_not_take(self, max_len):
