@@ -123,7 +123,7 @@ __device__ __forceinline__ void attend(const KernelParams& p, NarrowMemory<Eleme
     for (int i = 0; i < 2; ++i) {
       const int row = quad.row + 8 * i;
       const bool mine = warp == 0 && lane % 4 == 0 && row < p.num_rows();
-      if (mine) lse[i] = lse_target(p, work, item, row);
+      if (mine && item.slot != Item::kEmpty) lse[i] = lse_target(p, work, item, row);
     }
     float max[2] = {-FLT_MAX, -FLT_MAX};
     float sum[2] = {0, 0};

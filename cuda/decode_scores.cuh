@@ -202,7 +202,8 @@ __device__ __forceinline__ void store_weights(Element (&tile)[kTileElements], in
 // Writes the log-sum-exp (base 2) of a row.
 __device__ __forceinline__ void write_lse(const KernelParams& p, const Work& work, const Item& item,
                                           int row, float lse) {
-  if (row < p.num_rows()) *lse_target(p, work, item, row) = stored_lse(item, lse);
+  if (row < p.num_rows() && item.slot != Item::kEmpty)
+    *lse_target(p, work, item, row) = stored_lse(item, lse);
 }
 
 template <int kCtas, typename Element>

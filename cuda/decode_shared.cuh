@@ -166,7 +166,9 @@ struct Item {
   int length;
   int first;
   int last;
-  int slot;  // of the partial result; -1: the result is whole
+  int slot;                          // of the partial result, or one of these:
+  static constexpr int kWhole = -1;  // the result goes to its place
+  static constexpr int kEmpty = -2;  // no key at all: left to the combine kernel
 
   __device__ int blocks() const { return last - first; }
 };
@@ -194,7 +196,10 @@ __device__ __forceinline__ Item find_item(const KernelParams& p, const Work& wor
   const int32_t* splits = p.num_splits + work.first_seq + work.group + seq;
   const int split = seq == work.begin_seq ? work.begin_split : 0;
   const int slot = min(max(splits[0], 0) + split, p.slots - 1);
-  item.slot = splits[1] - splits[0] > 1 ? slot : -1;
+  const int count = splits[1] - splits[0];
+  // A plan of before, with no split of what is no longer empty, is as good as any.
+  const bool empty = count < 1 && item.length == 0;
+  item.slot = count > 1 ? slot : empty ? Item::kEmpty : Item::kWhole;
   return item;
 }
 

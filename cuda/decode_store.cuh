@@ -22,7 +22,7 @@ template <typename Element, int kCount, typename Get>
 __device__ __forceinline__ void write_output(const KernelParams& p, const Work& work,
                                              const Item& item, float4* partial, int row,
                                              int first_tile, int lane, const Get& get) {
-  if (row >= p.num_rows()) return;
+  if (row >= p.num_rows() || item.slot == Item::kEmpty) return;
   if (item.slot >= 0) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) partial[i * 32] = get(i);

@@ -69,6 +69,7 @@ __device__ __forceinline__ int last_inner_point(const PlanParams& p, const Inter
 
 __device__ __forceinline__ int count_splits(const PlanParams& p, const Interval& s,
                                             const Divider& part_length) {
+  if (s.blocks == 0) return 0;
   const int first = first_inner_point(p, s);
   const int last = last_inner_point(p, s);
   return last < first ? 1 : 1 + part_length.divide(last) - part_length.divide(first - 1);

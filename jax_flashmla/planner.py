@@ -16,12 +16,13 @@ Partition p computes every block from position (begin_seq, begin_block) up to, n
 position (end_seq, end_block), sequences in order. A position names a block by its sequence and its
 index in it; (i, 0) is also the end of sequence i-1, and (b, 0) the end of everything. The end of p
 is the begin of p+1. A partition whose begin equals its end has nothing to do. A sequence of length
-0 has one position, (i, 0): whoever owns it writes the sequence's zeros. `begin_split` is the index,
+0 has one position, (i, 0), and no split: nobody computes it. `begin_split` is the index,
 within begin_seq, of the split that p computes first; p's later sequences start at split 0.
 
-`num_splits [b + 1]`: exclusive prefix sum of the splits per sequence (at least 1 each): the splits
-of sequence i have the slots num_splits[i] to num_splits[i + 1] in a buffer of partial results.
-There are at most b + num_sm_parts - 1 slots.
+`num_splits [b + 1]`: exclusive prefix sum of the splits per sequence (at least 1, or 0 of an empty
+one): the splits of sequence i have the slots num_splits[i] to num_splits[i + 1] in a buffer of
+partial results. There are at most b + num_sm_parts - 1 slots. The zeros of an empty sequence are
+written where splits are combined.
 
 How the cuts are found. Each sequence occupies an interval on a line: OVERHEAD_BLOCKS units for
 loading its queries and storing its results, then one unit per block; an empty sequence one unit.
@@ -117,7 +118,8 @@ def plan_reference(cache_seqlens: jax.Array, parts: int, least: int) -> tuple[ja
     last = starts + OVERHEAD_BLOCKS + blocks - least
     cuts_before = (first - 1) // part_length
     inner_cuts = jnp.where(last >= first, last // part_length - cuts_before, 0)
-    num_splits = jnp.concatenate([zero, jnp.cumsum(inner_cuts + 1, dtype=jnp.int32)])
+    splits = jnp.where(blocks > 0, inner_cuts + 1, 0)
+    num_splits = jnp.concatenate([zero, jnp.cumsum(splits, dtype=jnp.int32)])
 
     cuts = jnp.arange(parts + 1, dtype=jnp.int32)
     x = cuts * part_length
