@@ -159,7 +159,7 @@ class ExportTest(parameterized.TestCase):
         problem = problems.make_unpaged_problem(self.rng, [3, 16], 16)
         args = problem.q, problem.k_cache, problem.cache_seqlens
         types = jax.export.symbolic_args_specs(args, ("b, _, _, _", cache, "b"))
-        exported = jax.export.export(jax.jit(decode), platforms=["cpu"])(*types)
+        exported = jax.export.export(jax.jit(decode), platforms=["cpu", "cuda"])(*types)
         loaded = jax.export.deserialize(exported.serialize())
         for lengths, max_len in (([80], 80), ([3, 0, 200, 64], 208)):
             problem = problems.make_unpaged_problem(self.rng, lengths, max_len)
