@@ -201,9 +201,46 @@ def sharded(gpus):
     return markdown_table(columns, rows) + source(name)
 
 
+def layouts():
+    """What other page sizes, wider rows and padding cost: a row for each layout."""
+    rows = load("layouts")["rows"]
+    shapes = list(dict.fromkeys((row["batch"], row["heads"], row["tokens"]) for row in rows))
+    found = {
+        (row["layout"], row["batch"], row["heads"], row["tokens"]): f"{row['over_base']:.3f}"
+        for row in rows
+        if row["over_base"] != 1
+    }
+    names = dict.fromkeys(layout for layout, *_ in found)
+    cells = [[name, *(found.get((name, *shape), "") for shape in shapes)] for name in names]
+    columns = [f"{batch} x {heads} heads x {tokens:,}" for batch, heads, tokens in shapes]
+    return markdown_table(["time over that in pages of 64", *columns], cells) + source("layouts")
+
+
+def deepseek():
+    """A decode step of a whole model."""
+    rows = [
+        [
+            gpus,
+            row["implementation"],
+            row["batch"],
+            f"{row['context']:,}",
+            f"{row['step_us']['median'] / 1e3:.1f}",
+            f"{row['attention_us']['median'] / 1e3:.2f}",
+            f"{row['tokens_per_s']:,.0f}",
+        ]
+        for gpus, name in ((1, "deepseek"), (4, "deepseek_1x4"))
+        for row in load(name)["rows"]
+    ]
+    columns = ["GPUs", "implementation", "sequences", "tokens of each"]
+    columns += ["step, ms", "attention and plan alone, ms", "tokens/s"]
+    return markdown_table(columns, rows) + source("deepseek") + source("deepseek_1x4")
+
+
 TABLES = {
     "decode": decode,
+    "layouts": layouts,
     "step": step,
+    "deepseek": deepseek,
     "planner": planner,
     "sharded_4": lambda: sharded(4),
     "xla_decode_cpu": lambda: xla_decode("cpu"),
