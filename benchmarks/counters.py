@@ -43,21 +43,19 @@ def decode_once(batch, s_q, heads, seqlens):
 
 
 def parse(text):
-    """Rows of `ncu --csv --page details`, by kernel: `{metric: "value unit"}`, and the advice.
+    """Rows of `ncu --csv --page details`: a dict for each kernel, in the order in which they ran.
 
-    Returns them in the order in which the kernels ran.
+    `counters` of it are `{metric: "value unit"}`; what ncu advises is left out.
     """
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     kernels = {}
     for row in csv.DictReader(io.StringIO("\n".join(lines[start:]))):
         name = re.search(KERNELS, row["Kernel Name"])[0]
-        kernel = kernels.setdefault(row["ID"], {"kernel": name, "counters": {}, "advice": []})
+        kernel = kernels.setdefault(row["ID"], {"kernel": name, "counters": {}})
         if row["Metric Name"]:
             value = f"{row['Metric Value']} {row['Metric Unit']}".strip()
             kernel["counters"][row["Metric Name"]] = value
-        elif row.get("Rule Description"):
-            kernel["advice"].append(row["Rule Description"])
     return list(kernels.values())
 
 

@@ -26,7 +26,6 @@ class CountersTest(absltest.TestCase):
         split, combine = counters.parse(OUTPUT)
         self.assertEqual(split["kernel"], "split_kernel")
         self.assertEqual(split["counters"], {"Duration": "16.10 us", "DRAM Throughput": "51.3 %"})
-        self.assertEqual(split["advice"], ["Low, they say."])
         self.assertEqual(combine["kernel"], "combine_few")
         self.assertEqual(combine["counters"], {"Threads": "1,024"})
 
