@@ -13,7 +13,10 @@ from typing import NamedTuple
 from benchmarks import report
 
 # What says which case a row is; the rest of a row was measured.
-IDENTITY = "what", "batch", "s_q", "heads", "tokens", "seqlens", "table_tokens", "dtype"
+IDENTITY = (
+    *("what", "batch", "s_q", "heads", "tokens", "seqlens", "table_tokens", "dtype"),
+    *("layout", "context", "implementation"),
+)
 # Of rows that do not say: older ones of decode. In the name of a case it is left out.
 DEFAULTS = {"dtype": "bfloat16"}
 # Of the environment: what explains a difference.
