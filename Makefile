@@ -32,7 +32,7 @@ example: $(VENV)/ready-for-example
 	@$(RUN) -m pytest examples/deepseek/tests
 	@$(RUN) -m examples.deepseek.train_tiny build/deepseek_tiny
 	@printf 'The pool is\nWhat bounds a decode\n' | $(RUN) -m examples.deepseek.chat --complete \
-	  --model build/deepseek_tiny --dtype float32 --max-new-tokens 60 --seed 0
+	  --model build/deepseek_tiny --dtype float32 --max-new-tokens 60 --seed 0 --temperature 0.3
 	@$(RUN) -m examples.deepseek.bench --tiny --out build/deepseek_tiny
 
 lint: $(VENV)/ready-for-lint
