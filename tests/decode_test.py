@@ -165,6 +165,16 @@ class DecodeTest(parameterized.TestCase):
             got = decode(*problem.arrays, metadata)
             support.assert_decodes_well(self, got, want, plain, problem.q.dtype)
 
+    @parameterized.parameters(16, 128)
+    def test_a_plan_from_before_a_sequence_began(self, h_q):
+        # It has no split of it, as of an empty one.
+        problem = problems.make_problem(self.rng, [5, 300, 64, 0], h_q=h_q)
+        metadata = jax_flashmla.get_mla_metadata(np.array([0, 300, 0, 7], np.int32), h_q, 1)
+        want = oracle.decode(*problem.arrays)
+        plain = oracle.decode(*problem.arrays, rounded_to=problem.q.dtype)
+        got = decode(*problem.arrays, metadata)
+        support.assert_decodes_well(self, got, want, plain, problem.q.dtype)
+
     def test_wrong_metadata_is_harmless(self):
         problem = problems.make_problem(self.rng, [5, 0, 900, 300])
         metadata = jax_flashmla.get_mla_metadata(problem.cache_seqlens, 16, 1)
