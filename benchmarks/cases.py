@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks import report
 from jax_flashmla import planner
-from jax_flashmla.arguments import HEAD_DIM, LATENT_DIM, PAGE_BLOCK_SIZE
+from jax_flashmla.arguments import HEAD_DIM, LATENT_DIM, MOST_TOKENS, PAGE_BLOCK_SIZE
 
 SEED = 0
 DTYPES = "bfloat16", "float16"
@@ -22,7 +22,6 @@ DRAWN = re.compile(r"(normal|uniform)\((\d+),(\d+)\)")
 LENGTHS = (
     "a length of 1 or more, normal(mean,deviation), uniform(least,most) or a file of such lengths"
 )
-MOST_TOKENS = 2**30  # of a sequence
 
 
 class Case(NamedTuple):

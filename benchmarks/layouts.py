@@ -5,17 +5,13 @@ of a batch half of which is padding, beside the same work in pages of 64: checke
 turns in one process. Needs a Hopper GPU and the native module.
 """
 
-import functools
-
 import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import report
 from benchmarks.cases import SEED, make_case
-from benchmarks.implementations import launches_for
+from benchmarks.implementations import prepare_cuda
 from benchmarks.operands import check, make_operands
-from benchmarks.timing import time_kernels
-from jax_flashmla import flash_mla_with_kvcache, get_mla_metadata
 from jax_flashmla.arguments import PAGE_BLOCK_SIZE
 
 BASE = "pages of 64"
@@ -82,12 +78,9 @@ def measure(batch, heads, tokens, variants):
     """A row for each variant, with its time over that of the first."""
     runs = {}
     for name, (case, operands) in variants.items():
-        metadata = get_mla_metadata(operands[3], heads, 1)
-        out, lse = flash_mla_with_kvcache(*operands, 512, *metadata, implementation="cuda")
-        check(case, operands, out, lse)
-        runs[name] = functools.partial(
-            time_kernels, operands, metadata, "decode", launches_for(case)
-        )
+        outputs, samplers = prepare_cuda(case, operands, parts=False)
+        check(case, operands, *outputs)
+        runs[name] = samplers["decode_us"]
     samples = {name: [] for name in runs}
     for turn in range(ROUNDS):
         for name in list(runs)[:: 1 if turn % 2 else -1]:

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from benchmarks import report
 from benchmarks.cases import make_case
 from benchmarks.operands import make_operands
-from benchmarks.timing import time_wall
+from benchmarks.timing import chained, time_wall
 from jax_flashmla import context_parallel, flash_mla_with_kvcache
 
 LAYERS = 61  # DeepSeek-V3's: a step is long enough to launch the next one meanwhile
@@ -38,23 +38,6 @@ def layers(decode):
 
 
 decode = functools.partial(flash_mla_with_kvcache, implementation="cuda")
-
-
-def chained(fun, q, *rest):
-    """A function of no arguments that runs `fun` on its results of before, which are donated.
-
-    So it is in a decode loop: addresses stay the same, and XLA launches its CUDA graphs again as
-    they are, where it would otherwise capture every layer anew, on all devices.
-    """
-    program = jax.jit(fun, donate_argnums=0, out_shardings=q.sharding)
-    q = jnp.copy(q)  # others may hold the original
-
-    def run():
-        nonlocal q
-        q = program(q, *rest)
-        return q
-
-    return run
 
 
 def time_programs(programs):

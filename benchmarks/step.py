@@ -18,7 +18,7 @@ from benchmarks.cases import make_case
 from benchmarks.implementations import decode_layers
 from benchmarks.operands import check, make_operands
 from benchmarks.timeline import busy_and_gaps, count_launches, kernels, profile
-from benchmarks.timing import time_kernels, time_wall
+from benchmarks.timing import chained, time_kernels, time_wall
 from jax_flashmla import get_mla_metadata
 
 LAYERS = 61  # DeepSeek-V3's
@@ -29,22 +29,9 @@ CALLS = 10  # in flight
 
 
 def donating(*operands):
-    """A function of no arguments that decodes all layers, into the outputs of its call before.
-
-    So it is in a decode loop whose buffers are donated: their addresses stay the same, and XLA
-    launches its CUDA graph again as it is. Where addresses change, it captures every layer anew.
-    """
-    program = jax.jit(
-        lambda old, *operands: decode_layers(*operands), donate_argnums=0, keep_unused=True
-    )
+    """A function of no arguments that decodes all layers, into the outputs of its call before."""
     outputs = jax.jit(decode_layers)(*operands)
-
-    def run():
-        nonlocal outputs
-        outputs = program(outputs, *operands)
-        return outputs
-
-    return run
+    return chained(lambda old, *operands: decode_layers(*operands), outputs, *operands)
 
 
 def measure(batch, heads, tokens):

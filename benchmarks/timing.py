@@ -63,6 +63,26 @@ def time_wall(fun, *args, calls):
     return (time.perf_counter() - begin) / calls * 1e6
 
 
+def chained(fun, first, *rest):
+    """A function of no arguments: `fun(first, *rest)`, then of its own result, which is donated.
+
+    So it is in a decode loop: addresses stay the same, and XLA launches its CUDA graphs again as
+    they are, where it would otherwise capture every layer anew, on all devices. `first` and results
+    are arrays alike, in any structure; `first` itself is kept.
+    """
+    shardings = jax.tree.map(lambda x: x.sharding, first)
+    # `fun` may only want the memory of what it is given.
+    program = jax.jit(fun, donate_argnums=0, keep_unused=True, out_shardings=shardings)
+    result = jax.tree.map(jnp.copy, first)
+
+    def run():
+        nonlocal result
+        result = program(result, *rest)
+        return result
+
+    return run
+
+
 @functools.cache
 def large_product():
     """A compiled product of large bfloat16 matrices, and its operand."""

@@ -17,14 +17,14 @@ class ShardedBenchmarkTest(MeshTest):
     def test_rows(self):
         mesh = make_mesh((4,), ("x",))
         decode = functools.partial(flash_mla_with_kvcache, implementation="xla")
-        part = functools.partial(sharded.context_parallel.decode, implementation="xla")
+        part = sharded.context_parallel.decode
+
+        def part_through_xla(*args, **options):
+            return part(*args, **options | {"implementation": "xla"})
+
         with (
             mock.patch.multiple(sharded, LAYERS=2, ROUNDS=2, CALLS=2, LONG=1024, decode=decode),
-            mock.patch.object(
-                sharded.context_parallel,
-                "decode",
-                lambda *a, **k: part(*a, **k | {"implementation": "xla"}),
-            ),
+            mock.patch.object(sharded.context_parallel, "decode", part_through_xla),
         ):
             rows = [
                 sharded.measure(mesh, "heads", sharded.share_heads(mesh, 2, 16, 128)),

@@ -148,7 +148,7 @@ class Endpoint:
         except ApiError as error:
             await json_response(error.status, error.body(), error.headers)(scope, receive, send)
         except Gone:
-            pass  # nobody to answer
+            return  # there is nobody to answer
 
     async def _serve(self, scope, receive, send):
         try:

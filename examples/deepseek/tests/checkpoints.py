@@ -10,17 +10,10 @@ import safetensors.numpy
 
 from examples.deepseek.config import parse_config
 from examples.deepseek.layout import published_shapes
+from examples.deepseek.presets import V2_LITE
 from examples.deepseek.tiny_tokenizer import save_tokenizer, train_tokenizer
 
-YARN = {
-    "type": "yarn",
-    "factor": 40,
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "mscale": 0.707,
-    "mscale_all_dim": 0.707,
-    "original_max_position_embeddings": 32,
-}
+YARN = V2_LITE["rope_scaling"] | {"original_max_position_embeddings": 32}
 # Shaped like the published ones, which share the widths of a cache row.
 COMMON = {
     "attention_bias": False,
