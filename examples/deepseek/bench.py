@@ -6,7 +6,6 @@ of it that attention takes. `--tiny` has small dimensions, for a CPU; `--model 4
 experts and columns over 4 devices.
 """
 
-import dataclasses
 import functools
 import os
 
@@ -175,7 +174,6 @@ def parse(arguments=None):
     parser.add_argument("--implementation", nargs="+", choices=("cuda", "xla"))
     parser.add_argument("--data", default=1, **number, help="pools; default: 1")
     parser.add_argument("--model", default=1, **number, help="devices of a pool; default: 1")
-    parser.add_argument("--every-expert-up-to", default=0, **number, help="tokens; see `Config`")
     parser.add_argument("--rounds", default=5, **number, help="samples of each time; default: 5")
     parser.add_argument("--calls", default=10, **number, help="in flight; default: 10")
     args = parser.parse_args(arguments)
@@ -209,7 +207,6 @@ def main():
     mesh = steps.make_mesh(args.data, args.model)
     fields = TINY if args.tiny else V2_LITE
     config = parse_config(fields)
-    config = dataclasses.replace(config, every_expert_up_to=args.every_expert_up_to)
     start, rows = report.gpu_state(), []
     dtype = jnp.float32 if args.tiny else jnp.bfloat16
     params = draw_params(config, mesh, dtype, jax.random.key(0))
@@ -218,7 +215,6 @@ def main():
     extra = {
         "config": fields,
         "mesh": dict(mesh.shape),
-        "every_expert_up_to": args.every_expert_up_to,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
     for batch in args.batch:

@@ -73,8 +73,6 @@ class Config:
     max_position_embeddings: int
     rope_scaling: Yarn | None
     fp8_block: tuple[int, int] | None  # rows and columns that share a scale, of FP8 weights
-    # Not of the file: with so many tokens or fewer, every expert computes all of them; see `Moe`.
-    every_expert_up_to: int = 0
 
     @property
     def qk_head_dim(self) -> int:
@@ -128,8 +126,7 @@ def parse_config(fields: dict) -> Config:
     if fields.get("tie_word_embeddings", False):
         raise ValueError("tie_word_embeddings: expected false, as published, got true")
 
-    parsed = {"rope_scaling", "fp8_block", "every_expert_up_to"}
-    own = {field.name for field in dataclasses.fields(Config)} - parsed
+    own = {field.name for field in dataclasses.fields(Config)} - {"rope_scaling", "fp8_block"}
     values = {**DEFAULTS, **{name: fields[name] for name in own & fields.keys()}}
     if missing := sorted(own - values.keys()):
         raise ValueError(f"{missing[0]}: expected it in config.json, and it is missing")
@@ -178,12 +175,11 @@ def _is_number(value):
 def _check_numbers(config):
     optional = ("q_lora_rank", "n_routed_experts", "n_shared_experts", "num_experts_per_tok")
     optional += ("moe_intermediate_size",)
-    may_be_zero = ("first_k_dense_replace", "every_expert_up_to")
     for field in dataclasses.fields(Config):
         value = getattr(config, field.name)
         if field.type not in (int, int | None, float) or (value is None and field.name in optional):
             continue
-        least = 0 if field.name in may_be_zero else 1
+        least = 0 if field.name == "first_k_dense_replace" else 1
         if field.type is float:
             if not _is_number(value) or value <= 0:
                 raise ValueError(f"{field.name}: expected a number above 0, got {value!r}")

@@ -105,32 +105,15 @@ class Moe(nnx.Module):
         bias = None if self.bias is None else self.bias[...]
         logits = self.router(x.astype(jnp.float32))
         weights, experts = choose_experts(logits, bias, self.config)
-        few = x.shape[0] <= self.config.every_expert_up_to
-        out = (self._every if few else self._routed)(x, weights, experts)
+        out = self._routed(x, weights, experts)
         return out if self.shared is None else out + self.shared(x)
-
-    def _local(self, experts):
-        """Experts by their number on this device, which has those from 0 to `count - 1`."""
-        count = self.gate[...].shape[0]
-        first = 0 if self.axis is None else jax.lax.axis_index(self.axis) * count
-        return experts - first, count
-
-    def _every(self, x, weights, experts):
-        """The same sum as `_routed`: all experts here compute all tokens, most with a weight of 0.
-
-        Few tokens do not fill the experts' products, whose time is that of reading the weights.
-        """
-        local, here = self._local(experts)
-        share = (nnx.one_hot(local, here) * weights[..., None]).sum(1)  # [n, experts here]
-        hidden = nnx.silu(jnp.einsum("nd,edf->nef", x, self.gate[...]))
-        hidden *= jnp.einsum("nd,edf->nef", x, self.up[...])
-        hidden *= share[..., None].astype(x.dtype)
-        return jnp.einsum("nef,efd->nd", hidden, self.down[...])
 
     def _routed(self, x, weights, experts):
         """The sum over those of each token's experts that are on this device."""
         gate, up, down = self.gate[...], self.up[...], self.down[...]
-        local, here = self._local(experts.reshape(-1))
+        here = gate.shape[0]
+        first = 0 if self.axis is None else jax.lax.axis_index(self.axis) * here
+        local = experts.reshape(-1) - first  # by their number on this device, 0 to here - 1
         is_here = (local >= 0) & (local < here)
         local = jnp.where(is_here, local, here)  # the others last
         order = jnp.argsort(local)

@@ -1,7 +1,5 @@
 """Routing and experts against loops over tokens."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,10 +50,9 @@ class MoeTest(parameterized.TestCase):
         want = [choose_in_numpy(row.astype(np.float64), bias * biased, config) for row in logits]
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
 
-    @parameterized.product(tokens=(1, 7, 64), every_expert_up_to=(0, 64))
-    def test_experts(self, tokens, every_expert_up_to):
+    @parameterized.parameters(1, 7, 64)
+    def test_experts(self, tokens):
         config = parse_config(checkpoints.FIELDS["v3"])
-        config = dataclasses.replace(config, every_expert_up_to=every_expert_up_to)
         layer = moe.Moe(config, dtype=jnp.float32, axis=None, rngs=nnx.Rngs(0))
         x = self.rng.standard_normal((tokens, config.hidden_size)).astype(np.float32)
         weights, experts = moe.choose_experts(layer.router(x), layer.bias[...], config)
