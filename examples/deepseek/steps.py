@@ -183,13 +183,15 @@ class Stepper:
                 f"{cache_seqlens.max()}"
             )
         self._check_tokens(tokens)
-        logits, self.caches = self._decode(
-            self.params,
-            self.caches,
+        operands = (
             tokens.reshape(groups),
             block_table.reshape(*groups, -1),
             cache_seqlens.reshape(groups),
         )
+        # NumPy's would be of another type to jit, without a mesh: a second program for callers who
+        # have theirs on the devices.
+        operands = jax.device_put(operands, _on(self.mesh, "data"))
+        logits, self.caches = self._decode(self.params, self.caches, *operands)
         return logits
 
     def _padded_length(self, count):
