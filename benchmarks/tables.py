@@ -218,15 +218,20 @@ def layouts():
 
 def deepseek():
     """A decode step of a whole model."""
+
+    def times(row):
+        if "error" in row:
+            return [row["error"], "", ""]
+        step, attention = (row[key]["median"] / 1e3 for key in ("step_us", "attention_us"))
+        return [f"{step:.1f}", f"{attention:.2f}", f"{row['tokens_per_s']:,.0f}"]
+
     rows = [
         [
             gpus,
             row["implementation"],
             row["batch"],
             f"{row['context']:,}",
-            f"{row['step_us']['median'] / 1e3:.1f}",
-            f"{row['attention_us']['median'] / 1e3:.2f}",
-            f"{row['tokens_per_s']:,.0f}",
+            *times(row),
         ]
         for gpus, name in ((1, "deepseek"), (4, "deepseek_1x4"))
         for row in load(name)["rows"]

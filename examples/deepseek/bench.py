@@ -3,11 +3,16 @@
 DeepSeek-V2-Lite's true dimensions, weights drawn on the device, caches full of random rows: time of
 a decode step against batch and context, for the library's CUDA kernels and for XLA, and the share
 of it that attention takes. `--tiny` has small dimensions, for a CPU; `--model 4` divides heads,
-experts and columns over 4 devices.
+experts and columns over 4 devices. On a GPU most of the time goes to XLA's compilation, of three
+programs for each batch, and of two more for another implementation.
 """
 
 import functools
+import gc
+import json
 import os
+import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +24,7 @@ from benchmarks.timing import time_wall
 from examples.deepseek import steps
 from examples.deepseek.attention import PAGE, Step, append, attend_with_flash_mla
 from examples.deepseek.config import parse_config
-from examples.deepseek.layout import sources
+from examples.deepseek.layout import check_divides, sources
 from examples.deepseek.model import abstract_model
 from examples.deepseek.presets import TINY, V2_LITE
 from examples.deepseek.rope import softmax_scale
@@ -70,7 +75,9 @@ def fill(caches):
     for number, pool in enumerate(caches):
         shape, dtype, sharding = pool.shape, pool.dtype, pool.sharding
         caches[number] = pool = None  # there may be no room for two of each
-        caches[number] = _draw(shape, dtype, None, sharding)(jax.random.key(number))
+        draw = _draw(shape, dtype, None, sharding)
+        # Waits, so that an error for want of memory comes from here.
+        caches[number] = draw(jax.random.key(number)).block_until_ready()
 
 
 def make_attention(config, mesh, implementation):
@@ -118,7 +125,11 @@ def timed(run, caches, calls, rounds):
 
 
 def measure(config, params, mesh, batch, contexts, implementation, rounds, calls):
-    """Rows of the report, one for each context: the same programs on the same pools."""
+    """Rows of the report, one for each context: the same programs on the same pools.
+
+    Tables are as wide as the longest context needs, and lengths are data: what is not there is not
+    read, by the kernels nor by XLA's loop, which ends with the longest sequence.
+    """
     blocks = -(-max(contexts) // PAGE)
     pools = mesh.shape["data"]
     stepper = steps.Stepper(
@@ -132,7 +143,8 @@ def measure(config, params, mesh, batch, contexts, implementation, rounds, calls
     )
     fill(stepper.caches)
     caches, stepper.caches = stepper.caches, None
-    without = steps.make_decode(config, mesh, skip_attention, implementation)
+    # Compiled once for all implementations: it has none of any.
+    without = steps.make_decode(config, mesh, skip_attention)
     attention = make_attention(config, mesh, implementation)
     keys = jax.random.split(jax.random.key(1), 3)
     shape, dtype = (batch, config.num_attention_heads), caches[0].dtype
@@ -164,6 +176,49 @@ def measure(config, params, mesh, batch, contexts, implementation, rounds, calls
     return rows
 
 
+def measure_what_fits(config, params, mesh, batch, contexts, implementation, rounds, calls):
+    """`measure`; contexts for which there is no memory, longest first, get a row that says so."""
+    contexts, too_long = sorted(contexts), []
+    while contexts:
+        case = batch, contexts, implementation, rounds, calls
+        try:
+            return measure(config, params, mesh, *case) + too_long
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+                raise
+            message = str(error).splitlines()[0]
+        # Outside the handler, and with all cycles gone: the error held on to the pools.
+        gc.collect()
+        row = {"batch": batch, "context": contexts.pop(), "implementation": implementation}
+        too_long.insert(0, row | {"error": "out of memory"})
+        print(f"{implementation}, {batch} x {row['context']:,}: {message}", flush=True)
+    return too_long
+
+
+def earlier_rows(path, **extra):
+    """Rows by their identity, of the JSON that a run before left: none where there is no file.
+
+    Raises:
+      ValueError: that run was of other code, elsewhere, or otherwise than `extra` says.
+    """
+    if not path.is_file():
+        return {}
+    now = {"environment": report.environment(), **extra}
+    earlier = json.loads(path.read_text())
+    for key, value in now.items():
+        found = earlier.get(key)
+        if key == "environment":  # on another day it is the same
+            found, value = {**found, "date": None}, {**value, "date": None}
+        if found != value:
+            raise ValueError(f"{path}: expected its {key} to be {value}, got {found}")
+    return {identity(row): row for row in earlier["rows"]}
+
+
+def identity(row):
+    """What tells rows apart, in the order of the table."""
+    return row["batch"], row["implementation"], row["context"]
+
+
 def parse(arguments=None):
     """The command line."""
     parser = report.Parser(__doc__.splitlines()[0])
@@ -171,13 +226,16 @@ def parse(arguments=None):
     parser.add_argument("--tiny", action="store_true", help="small dimensions, float32: for a CPU")
     parser.add_argument("--batch", nargs="+", **number, help=f"default: {BATCHES}")
     parser.add_argument("--context", nargs="+", **number, help=f"default: {CONTEXTS}")
-    parser.add_argument("--implementation", nargs="+", choices=("cuda", "xla"))
+    kinds = {"nargs": "+", "choices": ("cuda", "xla")}
+    parser.add_argument("--implementation", **kinds, help="default: those that can run here")
     parser.add_argument("--data", default=1, **number, help="pools; default: 1")
     parser.add_argument("--model", default=1, **number, help="devices of a pool; default: 1")
+    parser.add_argument("--add", action="store_true", help="keep the JSON's rows of other cases")
     parser.add_argument("--rounds", default=5, **number, help="samples of each time; default: 5")
     parser.add_argument("--calls", default=10, **number, help="in flight; default: 10")
     args = parser.parse_args(arguments)
-    args.batch = args.batch or (TINY_BATCHES if args.tiny else BATCHES)
+    batches = TINY_BATCHES if args.tiny else BATCHES
+    args.batch = args.batch or [n for n in batches if n % max(args.data, 1) == 0] or batches
     args.context = args.context or (TINY_CONTEXTS if args.tiny else CONTEXTS)
     reason = native.why_no_kernel("decode")
     args.implementation = args.implementation or (["xla"] if reason else ["cuda", "xla"])
@@ -197,42 +255,48 @@ WHAT = (
     "tokens_per_s: batch / step_us. attention_us: the plan and all layers' append and decode in a "
     "program of their own; attention_share: attention_us / step_us. without_attention_us: the step "
     "with a sum of the queries in place of the decode. with_host_us: Stepper.decode, one at a "
-    "time, which brings the logits to the host."
+    "time, which brings the logits to the host. error: why there are no times."
 )
 
 
 def main():
     """Measures, prints, writes `deepseek[_tiny][_<data>x<model>].json`."""
     args = parse()
-    mesh = steps.make_mesh(args.data, args.model)
     fields = TINY if args.tiny else V2_LITE
     config = parse_config(fields)
+    extra = {
+        "config": fields,
+        "mesh": {"data": args.data, "model": args.model},
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+    name = "deepseek" + "_tiny" * args.tiny
+    name += f"_{args.data}x{args.model}" * (args.data * args.model > 1)
+    path = pathlib.Path(args.out or report.RESULTS) / f"{name}.json"
+    try:
+        mesh = steps.make_mesh(args.data, args.model)
+        check_divides(config, args.model)
+        found = earlier_rows(path, **extra) if args.add else {}
+    except ValueError as error:
+        sys.exit(str(error))
     start, rows = report.gpu_state(), []
     dtype = jnp.float32 if args.tiny else jnp.bfloat16
     params = draw_params(config, mesh, dtype, jax.random.key(0))
-    name = "deepseek" + "_tiny" * args.tiny
-    name += f"_{args.data}x{args.model}" * (mesh.size > 1)
-    extra = {
-        "config": fields,
-        "mesh": dict(mesh.shape),
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-    }
     for batch in args.batch:
         for implementation in args.implementation:
             case = batch, args.context, implementation, args.rounds, args.calls
-            rows += measure(config, params, mesh, *case)
+            new = measure_what_fits(config, params, mesh, *case)
+            found |= {identity(row): row for row in new}
+            rows = [found[key] for key in sorted(found)]
             report.write(name, WHAT, rows, args.out, start, done=False, **extra)
     report.write(name, WHAT, rows, args.out, start, **extra)
-    times = "step_us", "attention_us", "without_attention_us", "with_host_us"
     columns = ["batch", "context", "implementation", "tokens_per_s", "attention_share"]
-    report.print_table(
-        "decode steps of the whole model, µs",
-        [*columns, *times],
-        [
-            [*(row[c] for c in columns), *(f"{row[t]['median']:,.0f}" for t in times)]
-            for row in rows
-        ],
-    )
+    times = ["step_us", "attention_us", "without_attention_us", "with_host_us"]
+    cells = [
+        [row.get(c, "") for c in columns]
+        + [f"{row[t]['median']:,.0f}" if t in row else row["error"] for t in times]
+        for row in rows
+    ]
+    report.print_table("decode steps of the whole model, µs", [*columns, *times], cells)
 
 
 if __name__ == "__main__":

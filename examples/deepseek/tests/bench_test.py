@@ -1,6 +1,7 @@
 """The benchmark of whole steps runs, tiny, and writes what it measures."""
 
 import json
+import os
 import pathlib
 import sys
 import tempfile
@@ -23,21 +24,96 @@ from jax_flashmla import get_mla_metadata
 
 
 class BenchTest(parameterized.TestCase):
-    @parameterized.parameters((1, 1, "deepseek_tiny"), (2, 2, "deepseek_tiny_2x2"))
-    def test_a_tiny_run(self, data, model, name):
-        directory = self.enterContext(tempfile.TemporaryDirectory())
-        flags = ["--tiny", "--batch", "4", "--context", "65", "--rounds", "2", "--calls", "1"]
-        flags += ["--data", str(data), "--model", str(model), "--out", directory]
+    def setUp(self):
+        super().setUp()
+        self.directory = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+
+    def run_tiny(self, flags):
+        common = "--tiny", "--implementation=xla", "--rounds=2", "--calls=1"
+        flags = [*common, f"--out={self.directory}", *flags.split()]
         with mock.patch.object(sys, "argv", ["bench", *flags]):
             bench.main()
-        record = json.loads((pathlib.Path(directory) / f"{name}.json").read_text())
-        (row,) = record["rows"]
+
+    def record(self, name="deepseek_tiny"):
+        return json.loads((self.directory / f"{name}.json").read_text())
+
+    @parameterized.parameters((1, 1, "deepseek_tiny"), (2, 2, "deepseek_tiny_2x2"))
+    def test_a_tiny_run(self, data, model, name):
+        if data * model > len(jax.devices()):
+            self.skipTest("needs 4 devices: run it with pytest on a CPU")
+        with jax.log_compiles(), self.assertLogs("jax", "WARNING") as logs:
+            self.run_tiny(f"--batch 4 --context 64 65 --data {data} --model {model}")
+        # With attention and without: contexts and operands from the host have none of their own.
+        self.assertLessEqual("".join(logs.output).count("Compiling jit(decode)"), 2)
+        record = self.record(name)
+        _, row = record["rows"]
         self.assertEqual(record["mesh"], {"data": data, "model": model})
         self.assertEqual((row["batch"], row["context"], row["implementation"]), (4, 65, "xla"))
         for key in ("step_us", "attention_us", "without_attention_us", "with_host_us"):
             self.assertLen(row[key]["samples"], 2)
             self.assertGreater(row[key]["median"], 0)
         self.assertAlmostEqual(row["tokens_per_s"], 4e6 / row["step_us"]["median"], delta=0.1)
+
+    def test_what_does_not_fit_is_said_and_what_fits_is_measured(self):
+        fill = bench.fill
+
+        def fill_small_ones(caches):
+            if caches[0].shape[1] > 2:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nwhile ...")
+            fill(caches)
+
+        with mock.patch.object(bench, "fill", fill_small_ones):
+            self.run_tiny("--batch 1 4 --context 300 65")
+        fits, *others = self.record()["rows"]
+        self.assertEqual((fits["batch"], fits["context"]), (1, 65))
+        self.assertGreater(fits["step_us"]["median"], 0)
+        common = {"implementation": "xla", "error": "out of memory"}
+        want = [{"batch": b, "context": c} | common for b, c in ((1, 300), (4, 65), (4, 300))]
+        self.assertEqual(others, want)
+
+    def test_other_errors_are_not_taken_for_it(self):
+        error = jax.errors.JaxRuntimeError("INTERNAL: broken")
+        with (
+            mock.patch.object(bench, "fill", side_effect=error),
+            self.assertRaisesRegex(jax.errors.JaxRuntimeError, "broken"),
+        ):
+            self.run_tiny("--batch 1 --context 64")
+
+    def test_runs_are_added(self):
+        def measure(config, params, mesh, batch, contexts, implementation, rounds, calls):
+            time = {"median": float(rounds)}
+            row = {"batch": batch, "implementation": implementation, "tokens_per_s": 1.0}
+            row |= dict.fromkeys(("step_us", "attention_us"), time)
+            row |= dict.fromkeys(("without_attention_us", "with_host_us"), time)
+            return [row | {"context": n, "attention_share": 0.5} for n in contexts]
+
+        def rows():
+            return [(*bench.identity(r), r["step_us"]["median"]) for r in self.record()["rows"]]
+
+        self.enterContext(mock.patch.object(bench, "measure", measure))
+        self.run_tiny("--batch 4 1 --context 64 --add")
+        self.assertEqual(rows(), [(1, "xla", 64, 2.0), (4, "xla", 64, 2.0)])
+        self.run_tiny("--batch 4 --context 256 64 --rounds 3 --add")
+        want = [(1, "xla", 64, 2.0), (4, "xla", 64, 3.0), (4, "xla", 256, 3.0)]
+        self.assertEqual(rows(), want)
+        with (
+            mock.patch.dict(os.environ, XLA_FLAGS="--xla_other"),
+            self.assertRaisesRegex(SystemExit, "its xla_flags to be --xla_other, got"),
+        ):
+            self.run_tiny("--batch 8 --context 64 --add")
+        self.assertEqual(rows(), want)
+        self.run_tiny("--batch 8 --context 64")
+        self.assertEqual(rows(), [(8, "xla", 64, 2.0)])
+
+    @parameterized.parameters(
+        ("--model 1000", "expected data x model from 1 to .* got 1 x 1000"),
+        ("--model 3", "axis model that divides num_attention_heads"),
+    )
+    def test_meshes_that_there_are_not(self, flags, message):
+        if len(jax.devices()) < 3:
+            self.skipTest("needs 3 devices: run it with pytest on a CPU")
+        with self.assertRaisesRegex(SystemExit, message):
+            self.run_tiny(flags)
 
     def test_the_attention_that_is_timed_is_every_layers(self):
         config, mesh = parse_config(TINY), steps.make_mesh()
