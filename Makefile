@@ -10,7 +10,7 @@ RUN := $(VENV)/bin/python
 NATIVE_SOURCES := $(shell find cuda -name '*.cu*' -o -name '*.cc' -o -name '*.h')
 SETUP := pyproject.toml CMakeLists.txt $(wildcard tools/*.py) $(NATIVE_SOURCES)
 
-.PHONY: demo test test-oldest test-bazel example lint format docs notebook wheel bench figures clean
+.PHONY: demo test test-oldest test-bazel example example-quick lint format docs notebook wheel bench figures clean
 
 demo: $(VENV)/ready
 	@$(RUN) examples/decode_loop.py
@@ -34,6 +34,13 @@ example: $(VENV)/ready-for-example
 	@printf 'The pool is\nWhat bounds a decode\n' | $(RUN) -m examples.deepseek.chat --complete \
 	  --model build/deepseek_tiny --dtype float32 --max-new-tokens 60 --seed 0 --temperature 0.3
 	@$(RUN) -m examples.deepseek.bench --tiny --out build/deepseek_tiny
+
+# Those of its tests that take seconds: configuration, loading, the program of its README, what a mesh
+# exchanges, pages and the engine. They need less than the extra `example` has.
+QUICK := config weights readme mesh pages engine engine_trouble runner sampling soak
+example-quick: $(VENV)/ready
+	@$(RUN) -m pip install --quiet --disable-pip-version-check flax safetensors tokenizers
+	@$(RUN) -m pytest $(QUICK:%=examples/deepseek/tests/%_test.py) -k 'not against_one_device'
 
 lint: $(VENV)/ready-for-lint
 	@$(VENV)/bin/ruff check .
