@@ -10,6 +10,7 @@ from examples.deepseek.request import Options
 from examples.deepseek.runner import Runner
 from examples.deepseek.sampling import Sampling
 from examples.deepseek.tokenization import Text
+from jax_flashmla import native
 
 
 def positive(text: str) -> int:
@@ -47,8 +48,12 @@ def load_engine(
 ) -> tuple[Runner, Text, str]:
     """Loads what the options name: the running engine, the tokenizer, the model's name.
 
-    A checkpoint that cannot be loaded ends the program with what is wrong.
+    A checkpoint that cannot be loaded, or a decode that cannot run here, ends the program with what
+    is wrong.
     """
+    reason = native.why_no_kernel("decode")
+    if reason and args.implementation == "cuda":
+        parser.error(f"--implementation: cuda cannot run: {reason}")
     num_pages = args.num_pages or -(-args.max_batch // args.data) * -(-args.max_tokens // 64)
     try:
         stepper, tokenizer, config = load.load(
@@ -66,7 +71,7 @@ def load_engine(
         parser.exit(1, f"{parser.prog}: {error}\n")
     if warm_up:
         load.warm_up(stepper)
-    limit = min(args.max_tokens, getattr(config, "max_position_embeddings", args.max_tokens))
+    limit = min(args.max_tokens, config.max_position_embeddings)
     return (
         Runner(Engine(stepper, text.decode, eos=text.eos, max_tokens=limit)),
         text,

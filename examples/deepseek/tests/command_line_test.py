@@ -21,6 +21,7 @@ from examples.deepseek.tests.runner_test import wait_until
 from examples.deepseek.tests.toy_tokenizer import EOS, VOCAB_SIZE, toy_tokenizer
 from examples.deepseek.text import TextStream
 from examples.deepseek.tokenization import Text
+from jax_flashmla import native
 
 
 class CommandLineCase(parameterized.TestCase):
@@ -31,7 +32,8 @@ class CommandLineCase(parameterized.TestCase):
         )
         self.directory = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
         self.text = Text(toy_tokenizer())
-        self.loaded = mock.Mock(return_value=(self.stepper, toy_tokenizer(), object()))
+        config = mock.Mock(max_position_embeddings=1000)
+        self.loaded = mock.Mock(return_value=(self.stepper, toy_tokenizer(), config))
         self.enterContext(mock.patch.object(load, "load", self.loaded))
         self.stderr = self.enterContext(mock.patch("sys.stderr", io.StringIO()))
 
@@ -146,6 +148,7 @@ class BatchTest(CommandLineCase):
             implementation="xla", dtype="float32",
         )  # fmt: skip
 
+    @mock.patch.object(native, "why_no_kernel", lambda operation: "broken")
     def test_errors_before_anything_is_read(self):
         source = self.directory / "in.jsonl"
         source.write_text("{}")
@@ -155,6 +158,10 @@ class BatchTest(CommandLineCase):
             ([source, "out"], "--model"),
             ([source, "out", "--model", "x", "--top-p", "2"], "top_p: expected a number"),
             ([source, "out", "--model", "x", "--max-batch", "0"], "expected at least 1, got 0"),
+            (
+                [source, "out", "--model", "x", "--implementation", "cuda"],
+                "cuda cannot run: broken",
+            ),
         ):
             with self.assertRaises(SystemExit) as ended:
                 batch.main([str(argument) for argument in arguments])

@@ -176,7 +176,9 @@ class ProcessTest(parameterized.TestCase):
             "from unittest import mock\n"
             "from examples.deepseek import load, server\n"
             "from examples.deepseek.tests import fake_stepper, toy_tokenizer\n"
-            "made = fake_stepper.FakeStepper(vocab_size=258), toy_tokenizer.toy_tokenizer(), None\n"
+            "config = mock.Mock(max_position_embeddings=1000)\n"
+            "stepper = fake_stepper.FakeStepper(vocab_size=258)\n"
+            "made = stepper, toy_tokenizer.toy_tokenizer(), config\n"
             "with mock.patch.object(load, 'load', lambda *_, **__: made):\n"
             "    server.main(['--model', 'toy', '--port', '0', '--grace', '1'])\n"
         )
