@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from examples.deepseek.attention import (
+    PAGE,
     Attention,
     Step,
     append,
@@ -121,7 +122,7 @@ class Model(nnx.Module):
         groups, count = block_table.shape[0], tokens.shape[0]
         positions = start + jnp.arange(count)
         # Padding would be written to the next pages, which the sequence does not have.
-        has_page = jnp.arange(block_table.shape[1]) * 64 < length
+        has_page = jnp.arange(block_table.shape[1]) * PAGE < length
         own_pages = jnp.where(has_page, block_table, -1)
         end = jnp.full((groups, 1), start + count, jnp.int32)
 

@@ -4,6 +4,7 @@ import argparse
 import pathlib
 
 from examples.deepseek import load
+from examples.deepseek.attention import PAGE
 from examples.deepseek.engine import Engine
 from examples.deepseek.errors import InvalidRequestError
 from examples.deepseek.request import Options
@@ -54,7 +55,7 @@ def load_engine(
     reason = native.why_no_kernel("decode")
     if reason and args.implementation == "cuda":
         parser.error(f"--implementation: cuda cannot run: {reason}")
-    num_pages = args.num_pages or -(-args.max_batch // args.data) * -(-args.max_tokens // 64)
+    num_pages = args.num_pages or -(-args.max_batch // args.data) * -(-args.max_tokens // PAGE)
     try:
         stepper, tokenizer, config = load.load(
             args.model,
