@@ -101,15 +101,19 @@ def table_and_lengths(block_table, cache_seqlens, groups, batch, given: str):
     return block_table, cache_seqlens
 
 
-def queries(q) -> tuple[tuple[jax.Array, ...], bool]:
-    """Returns the parts of q, one or two, and whether it was a pair."""
+def queries(q, tokens=("b", "s_q")) -> tuple[tuple[jax.Array, ...], bool]:
+    """Returns the parts of q, one or two, and whether it was a pair.
+
+    `tokens` names the axes between the group axes and the heads.
+    """
     split = isinstance(q, (tuple, list))
     if split and len(q) != 2:
         raise ValueError(f"q: expected an array or a pair (q_nope, q_rope), got {len(q)} items")
     names = ("q_nope", "q_rope") if split else ("q",)
     widths = (LATENT_DIM, ROPE_DIM) if split else (HEAD_DIM,)
     parts = tuple(array(name, part) for name, part in zip(names, q if split else (q,), strict=True))
-    leading = parts[0].shape[:-1] if parts[0].ndim >= 4 else ("*G", "b", "s_q", "h_q")
+    known = parts[0].ndim >= len(tokens) + 2
+    leading = parts[0].shape[:-1] if known else ("*G", *tokens, "h_q")
     for name, part, width in zip(names, parts, widths, strict=True):
         if part.dtype not in QUERY_DTYPES:
             raise TypeError(f"{name}: expected dtype bfloat16 or float16, got {part.dtype}")
@@ -117,7 +121,7 @@ def queries(q) -> tuple[tuple[jax.Array, ...], bool]:
             raise TypeError(f"{name}: expected q_nope's dtype {parts[0].dtype}, got {part.dtype}")
         shape(name, part, (*leading, width), "as q_nope's" if name == "q_rope" else "")
     if parts[0].shape[-3] == 0:
-        raise ValueError(f"{names[0]}: expected at least one query token, got s_q 0")
+        raise ValueError(f"{names[0]}: expected at least one query token, got {tokens[-1]} 0")
     return parts, split
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flashmla import arguments, cache_layout, decode_xla, native, partition
+from jax_flashmla import arguments, cache_layout, decode_xla, native, partition, ragged
 from jax_flashmla.arguments import HEAD_DIM, LATENT_DIM
 from jax_flashmla.metadata import get_mla_metadata
 from jax_flashmla.primitive import (
@@ -35,6 +35,8 @@ def flash_mla_with_kvcache(
     causal: bool = False,
     sliding_window: int | None = None,
     logits_soft_cap: float | None = None,
+    cu_seqlens_q: jax.Array | None = None,
+    max_seqlen_q: int | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends with absorbed queries to a latent cache, paged or not (multi-head latent attention).
@@ -48,7 +50,8 @@ def flash_mla_with_kvcache(
 
     Args:
       q: `[*G, b, s_q, h_q, 576]` bfloat16 or float16, or a pair `(q_nope [.., 512],
-        q_rope [.., 64])`, which spares a concatenation.
+        q_rope [.., 64])`, which spares a concatenation. With `cu_seqlens_q`, packed:
+        `[*G, total, h_q, 576]`, or such a pair.
       k_cache: dtype of `q`. Paged: `[*G, num_blocks, page_block_size, h_kv, width]`, with pages of
         1, 16, 32, 64, 128, 256, 512 or 1024 tokens (the kernel: 16 and more). Unpaged:
         `[*G, b, max_len, h_kv, width]`, any `max_len` (the kernel: multiples of 16). `width` is 576
@@ -68,12 +71,19 @@ def flash_mla_with_kvcache(
         query sees are not read. Plan with the same: `get_mla_metadata(.., sliding_window=..)`.
       logits_soft_cap: scaled scores `s` become `cap * tanh(s / cap)`, as in Gemma 2 (arXiv
         2408.00118).
+      cu_seqlens_q: `[*G, b + 1]` int32: the queries of sequence `i` are `cu_seqlens_q[i]` to
+        `cu_seqlens_q[i + 1]` of the packed ones, and the last tokens of the sequence; none, one or
+        more. A sequence without queries is not read. Entries are clamped to `[0, total]`.
+      max_seqlen_q: queries that a sequence has at most (static), with `cu_seqlens_q`. It takes the
+        place of `s_q` in what the call costs and in what `get_mla_metadata` is told.
       implementation: `"cuda"`, `"xla"`, or `None` for the faster one that runs here.
 
     Returns:
       out `[*G, b, s_q, h_q, 512]` in q's dtype, and lse `[*G, b, h_q, s_q]` float32, the natural
       logarithm of the sum of `exp(softmax_scale * q @ k)` (or of capped scores). A query that sees
-      no key gives `out` 0 and `lse` -inf (FlashMLA: +inf).
+      no key gives `out` 0 and `lse` -inf (FlashMLA: +inf). Of packed queries, out
+      `[*G, total, h_q, 512]` and lse `[*G, h_q, total]`; one that is no sequence's, or is followed
+      by `max_seqlen_q` or more of its sequence, gives 0 and -inf.
 
     Raises:
       TypeError, ValueError: an argument has the wrong type, dtype, rank, shape or value.
@@ -97,7 +107,20 @@ def flash_mla_with_kvcache(
       >>> out, lse = jax.jit(flash_mla_with_kvcache)(q, k_cache, None, cache_seqlens)
       >>> out.shape, lse.shape
       ((2, 1, 16, 512), (2, 16, 1))
+
+      Packed queries, three of the first sequence and one of the second:
+
+      >>> q, cuts = jnp.ones((4, 16, 576), jnp.bfloat16), jnp.array([0, 3, 4], jnp.int32)
+      >>> out, lse = flash_mla_with_kvcache(
+      ...     q, k_cache, None, cache_seqlens, causal=True, cu_seqlens_q=cuts, max_seqlen_q=3
+      ... )
+      >>> out.shape, lse.shape
+      ((4, 16, 512), (16, 4))
     """
+    packed = cu_seqlens_q is not None or max_seqlen_q is not None
+    if packed:
+        q, has_query, tokens = ragged.pad_queries(q, cu_seqlens_q, max_seqlen_q)
+    whose = "cu_seqlens_q's" if packed else "q's"  # the batch, in messages
     q_parts, split_q = arguments.queries(q)
     dtype = q_parts[0].dtype
     *groups, batch, s_q, h_q, _ = q_parts[0].shape
@@ -107,7 +130,7 @@ def flash_mla_with_kvcache(
         raise TypeError(f"k_cache: expected q's dtype {dtype}, got {k_cache.dtype}")
     paged = block_table is not None
     fixed = ([f"group axes {groups}"] if groups else []) + ([] if paged else ["b"])
-    given = f"{' and '.join(fixed)} as q's" if fixed else ""
+    given = f"{' and '.join(fixed)} as {whose}" if fixed else ""
     cache_layout.check_cache(k_cache, groups, paged, batch, given)
     h_kv = k_cache.shape[-2]
     if paged and k_cache.shape[len(groups)] == 0:
@@ -118,8 +141,10 @@ def flash_mla_with_kvcache(
         )
 
     block_table, cache_seqlens = arguments.table_and_lengths(
-        block_table, cache_seqlens, groups, batch, "b as q's"
+        block_table, cache_seqlens, groups, batch, f"b as {whose}"
     )
+    if packed:
+        cache_seqlens = jnp.where(has_query, cache_seqlens, 0)
     if arguments.static_int("head_dim_v", head_dim_v) != LATENT_DIM:
         raise ValueError(f"head_dim_v: expected {LATENT_DIM}, got {head_dim_v}")
 
@@ -145,7 +170,7 @@ def flash_mla_with_kvcache(
         implementation=implementation,
     )
     out, lse = _bind(*q_parts, k_cache, block_table, cache_seqlens, *metadata, config=config)
-    return out, lse
+    return ragged.pack_results(out, lse, tokens) if packed else (out, lse)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ propagates them by the rules here, and gathers what does not fit.
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 from jax.sharding import PartitionSpec
 
 
@@ -158,6 +159,16 @@ def divide_append(groups: Sequence, batch, kv_heads, paged: bool) -> tuple[Parti
     if paged:
         return rows, rows, PartitionSpec(*groups, None, None), PartitionSpec(*groups, None)
     return rows, rows, PartitionSpec(*groups, batch)
+
+
+def check_packed(name: str, rows) -> None:
+    """Raises if packed tokens `[*G, total, heads, columns]` are divided over explicit axes.
+
+    Any sequence may be anywhere in them, so that each device would need those of others.
+    """
+    aval = jax.typeof(rows)
+    if spec_of(aval)[-3] is not None:
+        _refuse(name, aval, "total not to be sharded (shard group axes, each with cuts of its own)")
 
 
 def spec_of(aval) -> tuple:

@@ -1,5 +1,7 @@
 """MLA decode in float64 NumPy, one sequence and one query token at a time; append, row by row."""
 
+import itertools
+
 import numpy as np
 
 
@@ -68,4 +70,26 @@ def append(k_cache, new_kv, block_table, cache_seqlens):
                 page = block_table[i, position // page_size]
                 if 0 <= page < len(k_cache):
                     k_cache[page, position % page_size, :, :576] = new_kv[i, token]
+    return k_cache
+
+
+def decode_packed(q, k_cache, block_table, cache_seqlens, cuts, **options):
+    """The same for packed queries: out [total, h_q, 512] and lse [h_q, total].
+
+    `cuts`, which must be sound, says which queries are whose. Others give 0 and -inf.
+    """
+    total, h_q, _ = q.shape
+    out, lse = np.zeros((total, h_q, 512)), np.full((h_q, total), -np.inf)
+    for i, (start, stop) in enumerate(itertools.pairwise(cuts)):
+        one = slice(i, i + 1)
+        part = decode(q[None, start:stop], k_cache, block_table[one], cache_seqlens[one], **options)
+        out[start:stop], lse[:, start:stop] = part[0][0], part[1][0]
+    return out, lse
+
+
+def append_packed(k_cache, new_kv, block_table, cache_seqlens, cuts):
+    """The same as `append` for packed rows."""
+    for i, (start, stop) in enumerate(itertools.pairwise(cuts)):
+        one = slice(i, i + 1)
+        k_cache = append(k_cache, new_kv[None, start:stop], block_table[one], cache_seqlens[one])
     return k_cache

@@ -86,6 +86,18 @@ def make_unpaged_problem(rng, lengths, max_len, **options):
     return dataclasses.replace(problem, k_cache=k_cache, block_table=page)
 
 
+def pack(rng, q, most, spare=3):
+    """Random numbers of the queries `[b, most, ..]`, right-aligned: packed ones and their cuts.
+
+    Queries past the last cut are NaN.
+    """
+    counts = rng.integers(0, most + 1, len(q))
+    counts[rng.integers(len(q))] = most
+    packed = [x[most - count :] for x, count in zip(q, counts, strict=True)]
+    packed.append(np.full((spare, *q.shape[2:]), np.nan, q.dtype))
+    return np.concatenate(packed), np.append(0, np.cumsum(counts)).astype(np.int32)
+
+
 def stack(problems):
     """Problems of equal shapes as one with a leading group axis."""
     return Problem(
