@@ -6,12 +6,14 @@ from jax_flashmla.config import show_config
 from jax_flashmla.decode import flash_mla_with_kvcache
 from jax_flashmla.merge import merge_attention_states
 from jax_flashmla.metadata import MLAMetadata, get_mla_metadata
+from jax_flashmla.ragged import block_table_from_csr
 from jax_flashmla.version import __version__
 
 __all__ = [
     "MLAMetadata",
     "__version__",
     "append_kv_cache",
+    "block_table_from_csr",
     "context_parallel",
     "flash_mla_with_kvcache",
     "get_mla_metadata",

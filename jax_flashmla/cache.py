@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jax_flashmla import arguments, partition
+from jax_flashmla import arguments, partition, ragged
 from jax_flashmla.arguments import HEAD_DIM
 from jax_flashmla.cache_layout import check_cache, find_rows
 from jax_flashmla.primitive import define_primitive, lower_on_mesh, needs_devices, result_aval
@@ -14,6 +14,8 @@ def append_kv_cache(
     new_kv: jax.Array,
     block_table: jax.Array | None,
     cache_seqlens: jax.Array,
+    *,
+    cu_seqlens_q: jax.Array | None = None,
 ) -> jax.Array:
     """Writes the newest rows of every sequence into its pages, or into its part of the cache.
 
@@ -32,10 +34,14 @@ def append_kv_cache(
         unpaged: `[*G, b, max_len, h_kv, width]`; with pages and rows as `flash_mla_with_kvcache`
         takes them. Columns past the 576th stay as they are. Donate it to `jax.jit`, and the rows
         are written in place.
-      new_kv: `[*G, b, s_q, h_kv, 576]`, dtype of `k_cache`.
+      new_kv: `[*G, b, s_q, h_kv, 576]`, dtype of `k_cache`. With `cu_seqlens_q`, packed:
+        `[*G, total, h_kv, 576]`.
       block_table: `[*G, b, max_blocks]` int32, the page ids of each sequence, in order. `None`:
         the cache is unpaged.
       cache_seqlens: `[*G, b]` int32, the valid tokens of each sequence, the new ones included.
+      cu_seqlens_q: `[*G, b + 1]` int32: the new rows of sequence `i` are `cu_seqlens_q[i]` to
+        `cu_seqlens_q[i + 1]` of the packed ones, as many as it has; they go to its last positions.
+        Entries are clamped to `[0, total]`; rows that are no sequence's are skipped.
 
     Returns:
       The cache with the rows in it.
@@ -63,16 +69,42 @@ def append_kv_cache(
     new_kv = arguments.array("new_kv", new_kv)
     if new_kv.dtype != k_cache.dtype:
         raise TypeError(f"new_kv: expected k_cache's dtype {k_cache.dtype}, got {new_kv.dtype}")
-    given = "group axes and h_kv as k_cache's" if paged else "all but s_q as k_cache's"
-    batch = "b" if paged else k_cache.shape[-4]
-    arguments.shape("new_kv", new_kv, (*groups, batch, "s_q", h_kv, HEAD_DIM), given)
-    batch = new_kv.shape[-4]
+    if cu_seqlens_q is None:
+        given = "group axes and h_kv as k_cache's" if paged else "all but s_q as k_cache's"
+        batch = "b" if paged else k_cache.shape[-4]
+        arguments.shape("new_kv", new_kv, (*groups, batch, "s_q", h_kv, HEAD_DIM), given)
+        batch, of = new_kv.shape[-4], "new_kv"
+    else:
+        given = "group axes and h_kv as k_cache's"
+        arguments.shape("new_kv", new_kv, (*groups, "total", h_kv, HEAD_DIM), given)
+        partition.check_packed("new_kv", new_kv)
+        cu_seqlens_q = ragged.check_cuts(cu_seqlens_q, groups, "group axes as k_cache's")
+        batch, of = cu_seqlens_q.shape[-1] - 1, "cu_seqlens_q"
+        if not paged and batch != k_cache.shape[-4]:
+            raise ValueError(
+                f"cu_seqlens_q: expected shape {[*groups, k_cache.shape[-4] + 1]} (b + 1 for "
+                f"k_cache's b), got {list(cu_seqlens_q.shape)}"
+            )
     block_table, cache_seqlens = arguments.table_and_lengths(
-        block_table, cache_seqlens, groups, batch, "b as new_kv's"
+        block_table, cache_seqlens, groups, batch, f"b as {of}'s"
     )
+    if cu_seqlens_q is not None:
+        return append_packed(k_cache, new_kv, block_table, cache_seqlens, cu_seqlens_q)
 
     table = [block_table] if paged else []
     (k_cache,) = append_p.bind(k_cache, new_kv, *table, cache_seqlens, devices=needs_devices())
+    return k_cache
+
+
+def append_packed(k_cache, new_kv, block_table, cache_seqlens, cu_seqlens_q):
+    """Appends packed rows `[*G, total, h_kv, columns]`, of 576 columns or as many as the cache's.
+
+    The pages that an unpaged cache then has may be of any size.
+    """
+    total, page_size = new_kv.shape[-3], k_cache.shape[-3]
+    targets = ragged.rows_as_sequences(cu_seqlens_q, total, block_table, cache_seqlens, page_size)
+    rows = jnp.expand_dims(new_kv, -3)
+    (k_cache,) = append_p.bind(k_cache, rows, *targets, devices=needs_devices())
     return k_cache
 
 
@@ -85,7 +117,7 @@ def _append(k_cache, new_kv, *table_and_lengths):
     # What is skipped goes to pages past the pool, a different one each: XLA may then assume that no
     # two rows have the same target, and write them all at once.
     past = k_cache.shape[-4] + jnp.arange(batch * s_q, dtype=jnp.int32).reshape(batch, s_q)
-    index = (*group, jnp.where(inside, page, past), row, slice(None), slice(HEAD_DIM))
+    index = (*group, jnp.where(inside, page, past), row, slice(None), slice(new_kv.shape[-1]))
     return (k_cache.at[index].set(new_kv, mode="drop", unique_indices=True),)
 
 
