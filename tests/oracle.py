@@ -69,7 +69,7 @@ def append(k_cache, new_kv, block_table, cache_seqlens):
             if 0 <= position < block_table.shape[1] * page_size:
                 page = block_table[i, position // page_size]
                 if 0 <= page < len(k_cache):
-                    k_cache[page, position % page_size, :, :576] = new_kv[i, token]
+                    k_cache[page, position % page_size, :, : new_kv.shape[-1]] = new_kv[i, token]
     return k_cache
 
 
