@@ -141,6 +141,20 @@ class DecodeTest(parameterized.TestCase):
         self.check(problem, q, cuts, [x[0] for x in got])
         self.check(problem, q, none, [x[1] for x in got])
 
+    def test_an_export_for_any_number_of_queries(self):
+        problem, q, cuts = self.problem(3)
+        operands = q, *problem.arrays[1:], cuts
+        b, n, m, total = jax.export.symbolic_shape("b, n, m, total")
+        shapes = (total, 16, 576), (n, 64, 1, 576), (b, m), (b,), (b + 1,)
+        fun = jax.jit(
+            lambda *x: flash_mla_with_kvcache(*x[:-1], cu_seqlens_q=x[-1], max_seqlen_q=3)
+        )
+        exported = jax.export.export(fun, platforms=["cpu"])(
+            *(jax.ShapeDtypeStruct(s, x.dtype) for s, x in zip(shapes, operands, strict=True))
+        )
+        with jax.default_device(jax.devices("cpu")[0]):
+            self.check(problem, q, cuts, exported.call(*operands))
+
     @settings(max_examples=25, deadline=None)
     @given(
         cuts=st.lists(st.integers(-(2**31), 2**31 - 1) | st.integers(-1, 8), min_size=5, max_size=5)

@@ -48,7 +48,11 @@ class ReadmeTest(parameterized.TestCase):
         self.assertIs(names["flash_mla_with_kvcache"], jax_flashmla.flash_mla_with_kvcache)
 
     @parameterized.parameters(
-        "flash_mla_with_kvcache", "get_mla_metadata", "append_kv_cache", "merge_attention_states"
+        "flash_mla_with_kvcache",
+        "get_mla_metadata",
+        "append_kv_cache",
+        "block_table_from_csr",
+        "merge_attention_states",
     )
     def test_docstrings(self, name):
         function = getattr(jax_flashmla, name)

@@ -2,8 +2,8 @@
 
 Signature and semantics after `tpu_inference/kernels/mla/v1/kernel.py` of
 https://github.com/vllm-project/tpu-inference, commit 1dbf5d0cc82f765140a96d2480c70212ae2b4551. The
-`v2` kernel's arguments are taken as well, where they only tune it; its later revisions want
-queries `[h_q, T, 512]`, which are refused here: transpose them, and the output.
+`v2` kernel's arguments are taken as well, which only tune it. Its later revisions have `ql_nope`
+and the output as `[h_q, T, 512]`: transpose both.
 """
 
 import functools
