@@ -143,8 +143,8 @@ def block_table_from_csr(kv_indptr: jax.Array, kv_indices: jax.Array, max_blocks
     """The page table of sequences whose pages are listed one after the other (CSR, as FlashInfer).
 
     The pages of sequence `i` are `kv_indices[kv_indptr[i] : kv_indptr[i + 1]]`. Entries past its
-    last page are -1, which decode and append skip. `kv_indices` may be longer than `kv_indptr`
-    says, padded with anything; what `kv_indptr` names outside of it is -1 as well.
+    last page are -1, which is no page. `kv_indices` may be longer than `kv_indptr` says, padded
+    with anything; what `kv_indptr` names outside of it is -1 as well.
 
     `*G` stands for any number of leading group axes, the same on both operands.
 
