@@ -187,7 +187,9 @@ class DecodeTest(parameterized.TestCase):
         all_of_them = decode(q, *problem.arrays[1:], max_seqlen_q=5, **options)
         np.testing.assert_array_equal(few[0][:2], 0)
         np.testing.assert_array_equal(few[1][:, :2], -np.inf)
-        support.assert_same_bits(few[0][2:], all_of_them[0][2:])
+        outs = (np.asarray(x[0][2:], np.float32) for x in (few, all_of_them))
+        np.testing.assert_allclose(*outs, atol=2e-2)
+        np.testing.assert_allclose(few[1][:, 2:], all_of_them[1][:, 2:], atol=1e-4)
 
 
 Q, POOL = ((6, 4, 576), "bfloat16"), ((3, 64, 2, 576), "bfloat16")
