@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_flashmla import native
-from jax_flashmla.decode import partial_types
+from jax_flashmla.decode_local import partial_types
 
 REPLAYS = 8
 MATMUL = 8192

@@ -15,7 +15,7 @@ from absl.testing import absltest, parameterized
 
 from jax_flashmla import get_mla_metadata, native
 from jax_flashmla.cache_layout import KERNEL_PAGE_SIZES
-from jax_flashmla.decode import partial_types
+from jax_flashmla.decode_local import partial_types
 from tests import problems, support
 
 HEADS = (1, 3, 9, 63, 64, 126, 128)
