@@ -1,12 +1,17 @@
 """`append_kv_cache`: writes new rows into the latent cache, paged or not."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jax_flashmla import arguments, partition, ragged
 from jax_flashmla.arguments import HEAD_DIM
-from jax_flashmla.cache_layout import check_cache, find_rows
+from jax_flashmla.cache_formats import FP8_BLOCK, FP8_FORMATS, FP8_PER_TENSOR, format_of
+from jax_flashmla.cache_layout import check_cache, check_scale, find_rows
 from jax_flashmla.primitive import define_primitive, lower_on_mesh, needs_devices, result_aval
+from jax_flashmla.quantization import quantize_rows, rows_array
 
 
 def append_kv_cache(
@@ -16,6 +21,8 @@ def append_kv_cache(
     cache_seqlens: jax.Array,
     *,
     cu_seqlens_q: jax.Array | None = None,
+    k_scale: jax.Array | None = None,
+    power_of_two_scales: bool = False,
 ) -> jax.Array:
     """Writes the newest rows of every sequence into its pages, or into its part of the cache.
 
@@ -27,21 +34,25 @@ def append_kv_cache(
     the end of the table or cache, and page ids outside the pool. No two sequences may name the same
     position of a page for their new rows; if they do, either may be written.
 
+    Rows for an FP8 cache are quantized as by `quantize_kv_cache`.
+
     `*G` stands for any number of leading group axes, the same on all operands.
 
     Args:
-      k_cache: bfloat16 or float16. Paged: `[*G, num_blocks, page_block_size, h_kv, width]`;
-        unpaged: `[*G, b, max_len, h_kv, width]`; with pages and rows as `flash_mla_with_kvcache`
-        takes them. Columns past the 576th stay as they are. Donate it to `jax.jit`, and the rows
-        are written in place.
-      new_kv: `[*G, b, s_q, h_kv, 576]`, dtype of `k_cache`. With `cu_seqlens_q`, packed:
-        `[*G, total, h_kv, 576]`.
+      k_cache: bfloat16, float16, or FP8: float8_e4m3fn or uint8. Paged: `[*G, num_blocks,
+        page_block_size, h_kv, width]`; unpaged: `[*G, b, max_len, h_kv, width]`; with pages and
+        rows as `flash_mla_with_kvcache` takes them. Columns past a row's stay as they are. Donate
+        it to `jax.jit`, and the rows are written in place.
+      new_kv: `[*G, b, s_q, h_kv, 576]`, dtype of `k_cache`; for FP8 caches bfloat16, float16 or
+        float32. With `cu_seqlens_q`, packed: `[*G, total, h_kv, 576]`.
       block_table: `[*G, b, max_blocks]` int32, the page ids of each sequence, in order. `None`:
         the cache is unpaged.
       cache_seqlens: `[*G, b]` int32, the valid tokens of each sequence, the new ones included.
       cu_seqlens_q: `[*G, b + 1]` int32: the new rows of sequence `i` are `cu_seqlens_q[i]` to
         `cu_seqlens_q[i + 1]` of the packed ones, as many as it has; they go to its last positions.
         Entries are clamped to `[0, total]`; rows that are no sequence's are skipped.
+      k_scale: `[*G]` float32, the scale of a float8_e4m3fn cache, and of no other.
+      power_of_two_scales: the scales of new rows of a uint8 cache are powers of two.
 
     Returns:
       The cache with the rows in it.
@@ -60,15 +71,23 @@ def append_kv_cache(
       1 0
     """
     k_cache = arguments.array("k_cache", k_cache)
-    if k_cache.dtype not in arguments.QUERY_DTYPES:
-        raise TypeError(f"k_cache: expected dtype bfloat16 or float16, got {k_cache.dtype}")
+    kind = format_of(k_cache)
     groups = k_cache.shape[:-4] if k_cache.ndim >= 4 else ("*G",)
     paged = block_table is not None
     check_cache(k_cache, groups, paged)
     h_kv = k_cache.shape[-2]
-    new_kv = arguments.array("new_kv", new_kv)
-    if new_kv.dtype != k_cache.dtype:
-        raise TypeError(f"new_kv: expected k_cache's dtype {k_cache.dtype}, got {new_kv.dtype}")
+    k_scale = check_scale("k_scale", k_scale, kind, groups, "group axes as k_cache's")
+    if arguments.static_bool("power_of_two_scales", power_of_two_scales) and kind != FP8_BLOCK:
+        raise ValueError(
+            f"power_of_two_scales: expected False for a cache of format {kind}, whose rows have no "
+            "scales of their own, got True"
+        )
+    if kind in FP8_FORMATS:
+        new_kv = rows_array("new_kv", new_kv)
+    else:
+        new_kv = arguments.array("new_kv", new_kv)
+        if new_kv.dtype != k_cache.dtype:
+            raise TypeError(f"new_kv: expected k_cache's dtype {k_cache.dtype}, got {new_kv.dtype}")
     if cu_seqlens_q is None:
         given = "group axes and h_kv as k_cache's" if paged else "all but s_q as k_cache's"
         batch = "b" if paged else k_cache.shape[-4]
@@ -88,6 +107,8 @@ def append_kv_cache(
     block_table, cache_seqlens = arguments.table_and_lengths(
         block_table, cache_seqlens, groups, batch, f"b as {of}'s"
     )
+    if kind in FP8_FORMATS:
+        new_kv = quantize_rows(new_kv, kind, k_scale, power_of_two_scales)
     if cu_seqlens_q is not None:
         return append_packed(k_cache, new_kv, block_table, cache_seqlens, cu_seqlens_q)
 
@@ -97,9 +118,10 @@ def append_kv_cache(
 
 
 def append_packed(k_cache, new_kv, block_table, cache_seqlens, cu_seqlens_q):
-    """Appends packed rows `[*G, total, h_kv, columns]`, of 576 columns or as many as the cache's.
+    """Appends packed rows `[*G, total, h_kv, columns]`, which are in the cache's format.
 
-    The pages that an unpaged cache then has may be of any size.
+    They are written with their padding, if they have any. The pages that an unpaged cache then has
+    may be of any size.
     """
     total, page_size = new_kv.shape[-3], k_cache.shape[-3]
     targets = ragged.rows_as_sequences(cu_seqlens_q, total, block_table, cache_seqlens, page_size)
@@ -109,16 +131,41 @@ def append_packed(k_cache, new_kv, block_table, cache_seqlens, cu_seqlens_q):
 
 
 def _append(k_cache, new_kv, *table_and_lengths):
-    *table, cache_seqlens = table_and_lengths
-    block_table = table[0] if table else None
-    batch, s_q = new_kv.shape[-4:-2]
-    position = cache_seqlens[..., None] + jnp.arange(-s_q, 0, dtype=jnp.int32)
-    (*group, page, row), inside = find_rows(k_cache, block_table, position)
+    """Writes rows, which are in the cache's format, all at once."""
+    (*group, page, row), inside = _places(k_cache, new_kv, *table_and_lengths)
     # What is skipped goes to pages past the pool, a different one each: XLA may then assume that no
     # two rows have the same target, and write them all at once.
+    batch, s_q = new_kv.shape[-4:-2]
     past = k_cache.shape[-4] + jnp.arange(batch * s_q, dtype=jnp.int32).reshape(batch, s_q)
     index = (*group, jnp.where(inside, page, past), row, slice(None), slice(new_kv.shape[-1]))
     return (k_cache.at[index].set(new_kv, mode="drop", unique_indices=True),)
+
+
+def _append_on_cpu(k_cache, new_kv, *table_and_lengths):
+    """The same, row by row into an e4m3 cache: XLA:CPU scatters them through a float16 copy."""
+    if k_cache.dtype != FP8_PER_TENSOR.dtype:
+        return _append(k_cache, new_kv, *table_and_lengths)
+    index, inside = _places(k_cache, new_kv, *table_and_lengths)
+    index = [x.reshape(-1) for x in index]
+    inside = inside.reshape(-1)
+    rows = new_kv.reshape(-1, *[1] * len(index), *new_kv.shape[-2:])
+
+    def write(i, pool):
+        def update(pool):
+            return lax.dynamic_update_slice(pool, rows[i], (*(x[i] for x in index), 0, 0))
+
+        return lax.cond(inside[i], update, lambda pool: pool, pool)
+
+    count = jnp.asarray(rows.shape[0], jnp.int32)  # which an exported program may not know yet
+    return (lax.fori_loop(0, count, write, k_cache),)
+
+
+def _places(k_cache, new_kv, *table_and_lengths):
+    """Where in the cache new rows go, and whether there is such a place."""
+    *table, cache_seqlens = table_and_lengths
+    s_q = new_kv.shape[-3]
+    position = cache_seqlens[..., None] + jnp.arange(-s_q, 0, dtype=jnp.int32)
+    return find_rows(k_cache, table[0] if table else None, position)
 
 
 def _abstract(k_cache, *operands, devices):
@@ -129,7 +176,7 @@ def _abstract(k_cache, *operands, devices):
     return [result_aval([k_cache, *operands], k_cache.shape, k_cache.dtype, spec)]
 
 
-def _lowering(ctx, *operands, devices):
+def _lowering(ctx, *operands, devices, append=_append):
     """Devices share groups, KV heads and the sequences of an unpaged cache."""
     del devices
     paged = len(operands) == 4
@@ -137,10 +184,10 @@ def _lowering(ctx, *operands, devices):
     def divide(specs):
         *groups, batch, _, kv_heads, _ = specs[0]
         divided = partition.divide_append(groups, batch, kv_heads, paged)
-        return _append, divided, divided[:1]
+        return append, divided, divided[:1]
 
     rule = partition.append_rule(ctx.avals_in[0].ndim - 4, paged)
-    return lower_on_mesh(ctx, operands, _append, rule, divide)
+    return lower_on_mesh(ctx, operands, append, rule, divide)
 
 
 def _batcher(operands, dims, *, devices):
@@ -154,5 +201,9 @@ def _batcher(operands, dims, *, devices):
 
 
 append_p = define_primitive(
-    "append_kv_cache", abstract=_abstract, lowering=_lowering, batcher=_batcher
+    "append_kv_cache",
+    abstract=_abstract,
+    lowering=_lowering,
+    platform_lowerings={"cpu": functools.partial(_lowering, append=_append_on_cpu)},
+    batcher=_batcher,
 )

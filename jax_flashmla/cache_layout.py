@@ -3,8 +3,8 @@
 A paged cache is `[*G, num_blocks, page_block_size, h_kv, width]`, and a table names the pages of
 each sequence. An unpaged one is `[*G, b, max_len, h_kv, width]` and has no table: it is the same
 as pages of `max_len` tokens, one for each sequence in order, and is treated as such where nothing
-is gained by knowing more. Rows may be wider than the 576 columns that are used: what follows them
-is padding, never read and never written.
+is gained by knowing more. Rows may be wider than what their format uses (576 columns, or 656 bytes:
+`jax_flashmla.cache_formats`): what follows is padding, never read and never written.
 """
 
 import jax
@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_flashmla import arguments
-from jax_flashmla.arguments import HEAD_DIM
+from jax_flashmla.cache_formats import BFLOAT16, FLOAT16, CacheFormat, described, format_of
 
+KERNEL_FORMATS = (BFLOAT16, FLOAT16)  # those that the decode kernel reads
 KERNEL_PAGE_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 PAGE_SIZES = (1, *KERNEL_PAGE_SIZES)
-ROW_MULTIPLE = 8  # rows of whole 16 bytes, which is what the copy engine moves
 
 
 def check_cache(k_cache: jax.Array, groups, paged: bool, batch="b", given: str = "") -> None:
@@ -31,11 +31,34 @@ def check_cache(k_cache: jax.Array, groups, paged: bool, batch="b", given: str =
         check_page_size("k_cache", page)
     elif page == 0:
         raise ValueError("k_cache: expected room for at least one token, got max_len 0")
-    if width % ROW_MULTIPLE or width < HEAD_DIM:
+    kind = format_of(k_cache)
+    if width % kind.width_multiple or width < kind.row_width:
         raise ValueError(
-            f"k_cache: expected rows of {HEAD_DIM} columns, or of more that are a multiple of "
-            f"{ROW_MULTIPLE}, got width {width}"
+            f"k_cache: expected rows of {described(kind)}, or of more that are a multiple of "
+            f"{kind.width_multiple}, got width {width}"
         )
+
+
+def check_scale(name: str, k_scale, format: CacheFormat, groups, given: str) -> jax.Array | None:
+    """The scales of a cache as a float32 array `[*G]`; `None` for formats without.
+
+    `given` says, in the message, what fixed the group axes.
+    """
+    if not format.scale_per_cache:
+        if k_scale is not None:
+            raise ValueError(f"{name}: expected None for a cache of format {format}, got a scale")
+        return None
+    if k_scale is None:
+        raise ValueError(
+            f"{name}: expected the float32 scale of the {format.dtype} cache, shape [*G], got None"
+        )
+    if isinstance(k_scale, (int, float)) and not isinstance(k_scale, bool):
+        k_scale = jnp.float32(k_scale)
+    k_scale = arguments.array(name, k_scale)
+    if k_scale.dtype != jnp.float32:
+        raise TypeError(f"{name}: expected dtype float32, got {k_scale.dtype}")
+    arguments.shape(name, k_scale, tuple(groups), given if groups else "")
+    return k_scale
 
 
 def check_page_size(name: str, page) -> None:
@@ -46,6 +69,9 @@ def check_page_size(name: str, page) -> None:
 
 def why_no_kernel(k_cache: jax.Array, paged: bool) -> str | None:
     """Why the decode kernel cannot read this cache; `None` if it can."""
+    kind = format_of(k_cache)
+    if kind not in KERNEL_FORMATS:
+        return f"the kernel does not read {kind} caches yet"
     tokens = k_cache.shape[-3]
     if kernel_page_size(tokens):
         return None

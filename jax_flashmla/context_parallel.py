@@ -23,6 +23,7 @@ from jax_flashmla.cache import append_kv_cache
 from jax_flashmla.cache_layout import check_cache, check_page_size, find_rows
 from jax_flashmla.decode import flash_mla_with_kvcache
 from jax_flashmla.merge import merge_attention_states
+from jax_flashmla.quantization import dequantize_rows
 
 SPLITS = ("interleaved", "contiguous")
 
@@ -74,6 +75,8 @@ def append(
     *,
     axis_name: str,
     split: str = "interleaved",
+    k_scale: jax.Array | None = None,
+    power_of_two_scales: bool = False,
 ) -> jax.Array:
     """`append_kv_cache`, each row on the device that its position belongs to.
 
@@ -84,6 +87,8 @@ def append(
       cache_seqlens: `[*G, b]` int32, tokens of whole sequences, the new ones included.
       axis_name: mesh axis that the keys are spread over.
       split: `"interleaved"` or `"contiguous"`.
+      k_scale: `[*G]` float32, this device's scale of a float8_e4m3fn pool.
+      power_of_two_scales: as in `append_kv_cache`.
 
     Returns:
       This device's pool with the rows in it.
@@ -92,6 +97,7 @@ def append(
       TypeError, ValueError: an argument has the wrong dtype, rank, shape or value.
     """
     pages = _pages(k_cache, block_table)
+    options = {"k_scale": k_scale, "power_of_two_scales": power_of_two_scales}
     new_kv = arguments.array("new_kv", new_kv)
     s_q = new_kv.shape[-3] if new_kv.ndim >= 4 else 0
     for token in range(s_q):
@@ -103,7 +109,7 @@ def append(
         # A length of 0 is a padding row, and skipped.
         mine = jnp.where((have > had) & (end > 0), have, 0)
         row = lax.slice_in_dim(new_kv, token, token + 1, axis=-3)
-        k_cache = append_kv_cache(k_cache, row, block_table, mine)
+        k_cache = append_kv_cache(k_cache, row, block_table, mine, **options)
     return k_cache
 
 
@@ -115,6 +121,7 @@ def decode(
     *,
     axis_name: str,
     split: str = "interleaved",
+    k_scale: jax.Array | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
     implementation: str | None = None,
@@ -131,6 +138,7 @@ def decode(
       cache_seqlens: `[*G, b]` int32, tokens of whole sequences, the new ones included.
       axis_name: mesh axis that the keys are spread over.
       split: `"interleaved"` or `"contiguous"`.
+      k_scale: `[*G]` float32, this device's scale of a float8_e4m3fn pool.
       softmax_scale: default `576 ** -0.5`.
       causal: query `i` of `s_q` sees the keys up to `cache_seqlens - s_q + i`.
       implementation: as in `flash_mla_with_kvcache`.
@@ -153,9 +161,11 @@ def decode(
     # where they lie, which no causal mask of one device can say.
     tokens = cache_seqlens[..., None] - jnp.arange(hidden, -1, -1, dtype=jnp.int32)
     visible = local_seqlens(tokens, axis_name=axis_name, split=split, **pages)
-    out, lse = flash_mla_with_kvcache(q, k_cache, block_table, visible[..., 0], **options)
+    out, lse = flash_mla_with_kvcache(
+        q, k_cache, block_table, visible[..., 0], k_scale=k_scale, **options
+    )
     if hidden:
-        last = _attend_to_last(q, k_cache, block_table, visible, softmax_scale)
+        last = _attend_to_last(q, k_cache, block_table, visible, k_scale, softmax_scale)
         out, lse = merge_attention_states([out, last[0]], [lse, last[1]])
 
     # As integers, in which no compiler changes bits on the way, and in one array: small exchanges
@@ -186,7 +196,7 @@ def _pages(k_cache, block_table) -> dict[str, int]:
     return {"max_blocks": block_table.shape[-1], "page_block_size": k_cache.shape[-3]}
 
 
-def _attend_to_last(q, k_cache, block_table, visible, softmax_scale):
+def _attend_to_last(q, k_cache, block_table, visible, k_scale, softmax_scale):
     """Attends to the few keys that some tokens of a sequence see and others do not.
 
     `visible [*G, b, s_q]`: query `i` sees the device's keys from `visible[..., 0]` up to, not
@@ -198,8 +208,8 @@ def _attend_to_last(q, k_cache, block_table, visible, softmax_scale):
     (*group, page, row), inside = find_rows(k_cache, block_table, position)
     # A page id outside the pool reads as zeros, and so does what must not be read.
     readable = inside & (position < visible[..., -1:])
-    keys = k_cache[(*group, jnp.where(readable, page, 0), row)][..., :HEAD_DIM]
-    keys = jnp.where(readable[..., None, None], keys, 0).astype(jnp.float32)
+    keys = dequantize_rows(k_cache[(*group, jnp.where(readable, page, 0), row)], k_scale)
+    keys = jnp.where(readable[..., None, None], keys, 0)
 
     rows = jnp.concatenate(q, -1) if isinstance(q, (tuple, list)) else q
     *leading, _, h_q, _ = rows.shape

@@ -6,9 +6,11 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jax_flashmla import arguments, cache_layout, native, partition, ragged
 from jax_flashmla.arguments import HEAD_DIM, LATENT_DIM
+from jax_flashmla.cache_formats import FP8_FORMATS, format_of
 from jax_flashmla.decode_local import DecodeConfig, decode_abstract, decode_local_p, result_types
 from jax_flashmla.primitive import define_primitive, lower_on_mesh, needs_devices
 
@@ -22,6 +24,7 @@ def flash_mla_with_kvcache(
     tile_scheduler_metadata: jax.Array | None = None,
     num_splits: jax.Array | None = None,
     *,
+    k_scale: jax.Array | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
     sliding_window: int | None = None,
@@ -43,11 +46,12 @@ def flash_mla_with_kvcache(
       q: `[*G, b, s_q, h_q, 576]` bfloat16 or float16, or a pair `(q_nope [.., 512],
         q_rope [.., 64])`, which spares a concatenation. With `cu_seqlens_q`, packed:
         `[*G, total, h_q, 576]`, or such a pair.
-      k_cache: dtype of `q`. Paged: `[*G, num_blocks, page_block_size, h_kv, width]`, with pages of
+      k_cache: dtype of `q`, or an FP8 cache (`jax_flashmla.cache_formats`): float8_e4m3fn, with a
+        `k_scale`, or uint8. Paged: `[*G, num_blocks, page_block_size, h_kv, width]`, with pages of
         1, 16, 32, 64, 128, 256, 512 or 1024 tokens (the kernel: 16 and more). Unpaged:
         `[*G, b, max_len, h_kv, width]`, any `max_len` (the kernel: multiples of 16). `width` is 576
-        or more, a multiple of 8: columns past the 576th are never read. A cache whose pages are
-        packed, `[num_blocks, page_block_size / 2, 2, width]`, is given as
+        (uint8: 656) or more, a multiple of 8 (FP8: of 16): columns past these are never read. A
+        cache whose pages are packed, `[num_blocks, page_block_size / 2, 2, width]`, is given as
         `k_cache.reshape(num_blocks, page_block_size, 1, width)`, which costs nothing.
       block_table: `[*G, b, max_blocks]` int32, the page ids of each sequence, in order. An id
         outside the pool reads as zeros. `None`: the cache is unpaged.
@@ -56,6 +60,7 @@ def flash_mla_with_kvcache(
       head_dim_v: columns of the value, 512.
       tile_scheduler_metadata: `[*G, num_sm_parts, 8]` int32 and
       num_splits: `[*G, b + 1]` int32, from `get_mla_metadata`. Both `None`: plan inside the call.
+      k_scale: `[*G]` float32, the scale of a float8_e4m3fn cache, and of no other.
       softmax_scale: default `576 ** -0.5`.
       causal: query `i` of `s_q` sees the keys up to `cache_seqlens - s_q + i`.
       sliding_window: of the keys that a query may see, it sees the last so many. Pages that no
@@ -113,16 +118,17 @@ def flash_mla_with_kvcache(
         q, has_query, tokens = ragged.pad_queries(q, cu_seqlens_q, max_seqlen_q)
     whose = "cu_seqlens_q's" if packed else "q's"  # the batch, in messages
     q_parts, split_q = arguments.queries(q)
-    dtype = q_parts[0].dtype
     *groups, batch, s_q, h_q, _ = q_parts[0].shape
 
     k_cache = arguments.array("k_cache", k_cache)
-    if k_cache.dtype != dtype:
-        raise TypeError(f"k_cache: expected q's dtype {dtype}, got {k_cache.dtype}")
+    kind = format_of(k_cache)
+    if kind not in FP8_FORMATS and k_cache.dtype != q_parts[0].dtype:
+        raise TypeError(f"k_cache: expected q's dtype {q_parts[0].dtype}, got {k_cache.dtype}")
     paged = block_table is not None
     fixed = ([f"group axes {groups}"] if groups else []) + ([] if paged else ["b"])
     given = f"{' and '.join(fixed)} as {whose}" if fixed else ""
     cache_layout.check_cache(k_cache, groups, paged, batch, given)
+    k_scale = cache_layout.check_scale("k_scale", k_scale, kind, groups, "group axes as q's")
     h_kv = k_cache.shape[-2]
     if paged and k_cache.shape[len(groups)] == 0:
         raise ValueError("k_cache: expected at least one page, got num_blocks 0")
@@ -156,11 +162,13 @@ def flash_mla_with_kvcache(
         sliding_window=sliding_window,
         logits_soft_cap=logits_soft_cap,
         split_q=split_q,
+        scaled=k_scale is not None,
         paged=paged,
         planned=bool(metadata),
         implementation=implementation,
     )
-    out, lse = _bind(*q_parts, k_cache, block_table, cache_seqlens, *metadata, config=config)
+    rest = k_cache, k_scale, block_table, cache_seqlens
+    out, lse = _bind(*q_parts, *rest, *metadata, config=config)
     return ragged.pack_results(out, lse, tokens) if packed else (out, lse)
 
 
@@ -171,13 +179,14 @@ def _bind(*operands, config):
 
 def _decode(*operands, config):
     """Lowers the outer primitive: any number of group axes become one, and all caches paged."""
-    q, (k_cache, block_table, cache_seqlens), metadata = config.split_operands(operands)
+    q, (k_cache, k_scale, block_table, cache_seqlens), metadata = config.split_operands(operands)
     groups = cache_seqlens.shape[:-1]
     if 0 in cache_seqlens.shape:  # no sequence, and an unpaged cache without a page
         return tuple(jnp.zeros(*result) for result in result_types(q[0]))
     if not config.paged:
         block_table = cache_layout.table_of_sequences(k_cache)
-        operands = *q, k_cache, block_table, cache_seqlens, *metadata
+        operands = *q, k_cache, k_scale, block_table, cache_seqlens, *metadata
+        operands = [x for x in operands if x is not None]
         config = dataclasses.replace(config, paged=True)
     operands = [x.reshape(math.prod(groups), *x.shape[len(groups) :]) for x in operands]
     results = decode_local_p.bind(*operands, config=config)
@@ -206,13 +215,14 @@ def _decode_lowering(ctx, *operands, config, devices):
             operands = operands[: len(operands) - len(metadata)]
             return _decode(*operands, config=dataclasses.replace(config, planned=False))
 
+        scale = [specs.k_scale] if config.scaled else []
         table = [specs.block_table] if config.paged else []
-        rest = specs.k_cache, *table, specs.cache_seqlens
+        rest = specs.k_cache, *scale, *table, specs.cache_seqlens
         in_specs = (*[specs.q] * len(q), *rest, *[specs.metadata] * len(metadata))
         return part, in_specs, (specs.out, specs.lse)
 
     rule = partition.decode_rule(
-        k_cache.ndim - 4, len(q), config.paged, config.planned, one_kv_head
+        k_cache.ndim - 4, len(q), config.scaled, config.paged, config.planned, one_kv_head
     )
     return lower_on_mesh(ctx, operands, functools.partial(_decode, config=config), rule, divide)
 
@@ -222,11 +232,14 @@ def _batcher(operands, dims, *, config, devices):
 
     Cache mapped: the mapped axis becomes one more group axis. Cache not mapped: it is folded into
     the batch, with the page table that an unpaged cache then needs, and the metadata, which was
-    planned for the batch of one example, is dropped.
+    planned for the batch of one example, is dropped. A scale of each example for a cache that they
+    share is of no use but possible: they are computed in turn.
     """
     del devices
-    q, (k_cache, block_table, cache_seqlens), metadata = config.split_operands(operands)
-    q_dims, (k_dim, table_dim, lengths_dim), metadata_dims = config.split_operands(dims)
+    q, (k_cache, k_scale, block_table, cache_seqlens), metadata = config.split_operands(operands)
+    q_dims, (k_dim, scale_dim, table_dim, lengths_dim), metadata_dims = config.split_operands(dims)
+    if k_dim is None and scale_dim is not None:
+        return _in_turn(operands, dims, config), [0, 0]
     size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
 
     def to_axis(x, dim, axis):
@@ -245,6 +258,7 @@ def _batcher(operands, dims, *, config, devices):
         outs = _bind(
             *(to_axis(x, dim, 0) for x, dim in zip(q, q_dims, strict=True)),
             jnp.moveaxis(k_cache, k_dim, 0),
+            to_axis(k_scale, scale_dim, 0),
             to_axis(block_table, table_dim, 0),
             to_axis(cache_seqlens, lengths_dim, 0),
             *(to_axis(x, dim, 0) for x, dim in kept),
@@ -263,6 +277,7 @@ def _batcher(operands, dims, *, config, devices):
     outs = _bind(
         *(fold(x, dim) for x, dim in zip(q, q_dims, strict=True)),
         k_cache,
+        k_scale,
         fold(block_table, table_dim),
         fold(cache_seqlens, lengths_dim),
         config=dataclasses.replace(config, paged=True, planned=False),
@@ -271,6 +286,18 @@ def _batcher(operands, dims, *, config, devices):
     batch = (size, example_lengths[-1])
     outs = [out.reshape(*out.shape[:axis], *batch, *out.shape[axis + 1 :]) for out in outs]
     return outs, [axis, axis]
+
+
+def _in_turn(operands, dims, config):
+    """One example after the other."""
+
+    def example(mapped):
+        mapped = iter(mapped)
+        own = (x if d is None else next(mapped) for x, d in zip(operands, dims, strict=True))
+        return _bind(*own, config=config)
+
+    mapped = [jnp.moveaxis(x, d, 0) for x, d in zip(operands, dims, strict=True) if d is not None]
+    return lax.map(example, mapped)
 
 
 decode_p = define_primitive(

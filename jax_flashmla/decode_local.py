@@ -24,16 +24,21 @@ class DecodeConfig:
     sliding_window: int | None
     logits_soft_cap: float | None
     split_q: bool  # q is the pair (q_nope, q_rope)
+    scaled: bool  # there is a k_scale
     paged: bool  # there is a block_table
     planned: bool  # the metadata are the last two operands
     implementation: str | None
 
     def split_operands(self, operands):
-        """Returns `(q parts, (k_cache, block_table or None, cache_seqlens), metadata)`."""
+        """Returns `(q parts, (k_cache, k_scale, block_table, cache_seqlens), metadata)`.
+
+        `None` for a k_scale or block_table that is not there.
+        """
         num_q = 2 if self.split_q else 1
         q, k_cache, rest = operands[:num_q], operands[num_q], operands[num_q + 1 :]
+        k_scale, rest = (rest[0], rest[1:]) if self.scaled else (None, rest)
         block_table, rest = (rest[0], rest[1:]) if self.paged else (None, rest)
-        return q, (k_cache, block_table, rest[0]), rest[1:]
+        return q, (k_cache, k_scale, block_table, rest[0]), rest[1:]
 
 
 def result_types(q):
@@ -57,18 +62,21 @@ def decode_abstract(*operands, config, devices=None):
 
 def _decode_local_xla(*operands, config, walk):
     """One pool out of all groups' pools, one batch out of all groups' batches."""
-    q, (k_cache, block_table, cache_seqlens), _ = config.split_operands(operands)
+    q, (k_cache, k_scale, block_table, cache_seqlens), _ = config.split_operands(operands)
     groups, num_blocks = k_cache.shape[:2]
     batch = cache_seqlens.shape[1]
     first_page = jnp.arange(groups, dtype=jnp.int32)[:, None, None] * num_blocks
     in_pool = (block_table >= 0) & (block_table < num_blocks)
     block_table = jnp.where(in_pool, block_table + first_page, -1)
+    if k_scale is not None:  # of each sequence
+        k_scale = jnp.repeat(k_scale, batch, total_repeat_length=groups * batch)
     out, lse = decode_xla.decode_xla(
         *(_merge_leading_axes(x) for x in (q, k_cache, block_table, cache_seqlens)),
         softmax_scale=config.softmax_scale,
         causal=config.causal,
         sliding_window=config.sliding_window,
         logits_soft_cap=config.logits_soft_cap,
+        k_scale=k_scale,
         walk=walk,
     )
     return out.reshape(groups, batch, *out.shape[1:]), lse.reshape(groups, batch, *lse.shape[1:])
@@ -97,7 +105,7 @@ def partial_types(slots, rows):
 
 
 def _decode_local_cuda(*operands, config):
-    q, (k_cache, block_table, cache_seqlens), metadata = config.split_operands(operands)
+    q, (k_cache, k_scale, block_table, cache_seqlens), metadata = config.split_operands(operands)
     k_cache, block_table = cache_layout.cut_for_kernel(k_cache, block_table)
     groups, batch, s_q, h_q, _ = q[0].shape
     h_kv = k_cache.shape[3]
@@ -117,6 +125,7 @@ def _decode_local_cuda(*operands, config):
         q[0],
         q[-1],
         k_cache,
+        jnp.zeros(0, jnp.float32) if k_scale is None else k_scale,
         block_table,
         cache_seqlens,
         *metadata,
@@ -135,7 +144,7 @@ _kernel_lowering = lower_as_jax(_decode_local_cuda)
 def _cuda_lowering(ctx, *operands, config):
     _, (k_cache, *_), _ = config.split_operands(ctx.avals_in)
     chosen = native.chosen_implementation("decode", config.implementation)
-    fits = cache_layout.kernel_page_size(k_cache.shape[2]) is not None
+    fits = cache_layout.why_no_kernel(k_cache, paged=True) is None
     lowering = _kernel_lowering if chosen == "cuda" and fits else _accelerator_lowering
     return lowering(ctx, *operands, config=config)
 

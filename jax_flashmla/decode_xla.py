@@ -11,7 +11,9 @@ import jax.export
 import jax.numpy as jnp
 from jax import lax
 
-from jax_flashmla.arguments import HEAD_DIM, LATENT_DIM
+from jax_flashmla.arguments import LATENT_DIM
+from jax_flashmla.cache_formats import format_of
+from jax_flashmla.quantization import unpack_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Walk:
     # At least; so that a step's temporaries (pages, their scores and weights, copies in other
     # layouts or types) stay below an eighth of the gathered cache.
     steps_per_table: int
-    compute_dtype: jnp.dtype | None  # of the products' operands; None: as the cache
+    compute_dtype: jnp.dtype | None  # of the products' operands; None: as the queries
 
 
 # A step costs some 45 µs of launches on a GPU: few, large ones.
@@ -48,19 +50,22 @@ def decode_xla(
     causal,
     sliding_window,
     logits_soft_cap,
+    k_scale,
     walk,
 ):
     """Decodes a batch from one pool.
 
     Args:
       q: a tuple of arrays `[b, s_q, h_q, .]` that together have the cache's 576 columns.
-      k_cache: `[num_blocks, page, h_kv, width]`: rows of 576 columns, and perhaps padding.
+      k_cache: `[num_blocks, page, h_kv, width]`: rows in the format of its dtype, and perhaps
+        padding.
       block_table: `[b, max_blocks]` int32.
       cache_seqlens: `[b]` int32.
       softmax_scale: float.
       causal: bool.
       sliding_window: int or None.
       logits_soft_cap: float or None.
+      k_scale: `[b]` float32, what the rows of each sequence are to be multiplied with, or None.
       walk: how much to read at a time, and in which precision to multiply.
 
     Returns:
@@ -87,6 +92,10 @@ def decode_xla(
     # [b, 1 or s_q]: the first key that it may see.
     start = jnp.maximum(visible - sliding_window, 0) if sliding_window else jnp.zeros_like(visible)
 
+    # Rows are multiplied as they are stored, and scores and sums with their scale.
+    value_scale = 1 if k_scale is None else k_scale[:, None, None, None, None]
+    scale = softmax_scale * value_scale
+
     piece = _piece_of(page)
     first_rows, pieces = _rows_of_pieces(block_table, num_blocks, page, piece)
     per_step = walk.tokens_per_step // (max(_extent(batch, 32), 1) * piece)
@@ -104,9 +113,9 @@ def decode_xla(
         in_pool = jnp.repeat(firsts >= 0, piece, axis=1)
         readable = in_pool & (positions < lengths[:, None]) & (positions >= start[:, :1])
         # Zeros, not only masked scores: 0 * NaN would let a poisoned tail into the output.
-        keys = jnp.where(readable[..., None, None], keys, 0).astype(compute_dtype)
+        keys = jnp.where(readable[..., None, None], unpack_rows(keys, compute_dtype), 0)
 
-        scores = softmax_scale * sum(
+        scores = scale * sum(
             jnp.einsum("bghsd,btgd->bghst", part, columns, preferred_element_type=jnp.float32)
             for part, columns in zip(q, _split_columns(keys, q), strict=True)
         )
@@ -143,7 +152,8 @@ def decode_xla(
     row_max, row_sum, out = lax.fori_loop(first_step, steps, attend_to_some_pages, carry)
 
     empty = row_sum == 0
-    out = jnp.where(empty[..., None], 0, out / jnp.where(empty, 1, row_sum)[..., None])
+    out = value_scale * out / jnp.where(empty, 1, row_sum)[..., None]
+    out = jnp.where(empty[..., None], 0, out)
     lse = jnp.where(empty, -jnp.inf, row_max + jnp.log(row_sum))
     out = out.transpose(0, 3, 1, 2, 4).reshape(batch, s_q, h_q, LATENT_DIM)
     return out.astype(dtype), lse.reshape(batch, h_q, s_q)
@@ -178,19 +188,20 @@ def _rows_of_pieces(block_table, num_blocks, page, piece):
 
 
 def _gather_rows(k_cache, firsts, count, step):
-    """Reads `count` rows from each of `firsts [b, n]` on: `[b, n * count, h_kv, 576]`.
+    """Reads `count` rows from each of `firsts [b, n]` on: `[b, n * count, h_kv, row_width]`.
 
     The barrier and the bitcast keep XLA:CPU (jaxlib 0.10) from gathering in float32 and hoisting a
     float32 copy of the whole pool out of the loop: the barrier ties the pool to the loop's step,
-    and a gather of 16-bit integers is left as it is. The pool becomes an array of rows without an
+    and a gather of integers is left as it is. The pool becomes an array of rows without an
     axis of extent 1, about whose place in a layout XLA:CPU might disagree with itself and copy.
     """
     batch, pieces = firsts.shape
     num_blocks, page, h_kv, width = k_cache.shape
+    row_width = format_of(k_cache).row_width
     heads = (h_kv,) if h_kv > 1 else ()
     pool = k_cache.reshape(num_blocks * page, *heads, width)
     pool, _ = lax.optimization_barrier((pool, step))
-    pool = lax.bitcast_convert_type(pool, jnp.uint16)
+    pool = lax.bitcast_convert_type(pool, f"uint{8 * pool.dtype.itemsize}")
     keys = lax.gather(
         pool,
         jnp.maximum(firsts, 0)[..., None],
@@ -199,11 +210,11 @@ def _gather_rows(k_cache, firsts, count, step):
             collapsed_slice_dims=(),
             start_index_map=(0,),
         ),
-        slice_sizes=(count, *heads, HEAD_DIM),
+        slice_sizes=(count, *heads, row_width),
         mode="promise_in_bounds",
     )
     keys = lax.bitcast_convert_type(keys, k_cache.dtype)
-    return keys.reshape(batch, pieces * count, h_kv, HEAD_DIM)
+    return keys.reshape(batch, pieces * count, h_kv, row_width)
 
 
 def _split_columns(keys, q):

@@ -19,6 +19,7 @@ class DecodeSpecs(NamedTuple):
 
     q: PartitionSpec
     k_cache: PartitionSpec
+    k_scale: PartitionSpec
     block_table: PartitionSpec
     cache_seqlens: PartitionSpec
     metadata: PartitionSpec
@@ -27,11 +28,13 @@ class DecodeSpecs(NamedTuple):
     whole_groups: bool  # neither batch nor heads are divided
 
 
-def decode_rule(num_groups: int, num_q: int, paged: bool, planned: bool, divide_heads: bool):
+def decode_rule(
+    num_groups: int, num_q: int, scaled: bool, paged: bool, planned: bool, divide_heads: bool
+):
     """Shardy's rule for decode, and the axes of it that stay whole."""
     q = ["b s h d", "b s h r"][:num_q]
-    cache = ["p t u e", "b n"] if paged else ["b t u e"]
-    operands = [*q, *cache, "b", *(["m c", "k"] if planned else [])]
+    cache = ["p t u e" if paged else "b t u e", *([""] if scaled else [])]
+    operands = [*q, *cache, *(["b n"] if paged else []), "b", *(["m c", "k"] if planned else [])]
     return _rule(num_groups, operands, ["b s h v", "b h s"], "bh" if divide_heads else "b")
 
 
@@ -56,14 +59,16 @@ def _rule(num_groups, operands, results, divided):
     return f"{left} -> {right}", tuple(x for x in letters if x not in divided)
 
 
-def decode_specs(q, k_cache, block_table, cache_seqlens) -> DecodeSpecs:
+def decode_specs(q, k_cache, k_scale, block_table, cache_seqlens) -> DecodeSpecs:
     """How to divide a decode whose operands are sharded.
 
     Args:
       q: the abstract values of q's parts, one or two.
       k_cache: and
+      k_scale: and
       block_table: and
-      cache_seqlens: those of the other operands; no table: the cache is unpaged.
+      cache_seqlens: those of the other operands; no table: the cache is unpaged; no scale: it is
+        one of 16 bits, or has them in its rows.
 
     Raises:
       ValueError: an operand is sharded in a way that would need data of other devices.
@@ -94,6 +99,9 @@ def decode_specs(q, k_cache, block_table, cache_seqlens) -> DecodeSpecs:
     if kv_heads != (heads if k_cache.shape[-2] > 1 else None):
         _refuse("k_cache", k_cache, f"h_kv sharded as {name}'s h_q, {q[0].sharding.spec}")
 
+    if k_scale is not None and spec_of(k_scale) != tuple(groups):
+        _refuse("k_scale", k_scale, f"group axes sharded as {name}'s, {q[0].sharding.spec}")
+
     for operand_name, operand in (("block_table", block_table), ("cache_seqlens", cache_seqlens)):
         if operand is None:
             continue
@@ -114,6 +122,7 @@ def divide(groups: Sequence, batch, heads, kv_heads, paged: bool) -> DecodeSpecs
     return DecodeSpecs(
         q=PartitionSpec(*groups, batch, None, heads, None),
         k_cache=PartitionSpec(*groups, None if paged else batch, None, kv_heads, None),
+        k_scale=PartitionSpec(*groups),
         block_table=PartitionSpec(*groups, batch, None),
         cache_seqlens=PartitionSpec(*groups, batch),
         metadata=PartitionSpec(*groups),
