@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jax_flashmla import arguments
@@ -144,8 +145,18 @@ def quantize_rows(rows, format, k_scale=None, power_of_two_scales=False):
     scales = _scales(_finite_magnitudes(blocks).max(axis=-1), power_of_two_scales)
     latent = _to_e4m3(blocks, scales[..., None])
     rope = rows[..., LATENT_DIM:HEAD_DIM].astype(format.rope_dtype)
-    parts = [_to_bytes(part).reshape(*leading, -1) for part in (latent, scales, rope)]
-    return jnp.concatenate(parts, axis=-1)
+    parts = zip(
+        (latent, scales, rope),
+        (format.latent_bytes, format.scale_bytes, format.rope_bytes),
+        strict=True,
+    )
+    return jnp.concatenate(
+        [
+            lax.bitcast_convert_type(x, jnp.uint8).reshape(*leading, where.stop - where.start)
+            for x, where in parts
+        ],
+        axis=-1,
+    )
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -178,7 +189,8 @@ def unpack_rows(rows, dtype):
 
 def _scales(largest, power_of_two):
     """The float32 scales of values of at most these magnitudes."""
-    scales = jnp.maximum(largest / E4M3_MAX, MIN_SCALE)
+    # Times the reciprocal: XLA rewrites a quotient to this, on some platforms.
+    scales = jnp.maximum(largest * np.float32(1 / E4M3_MAX), MIN_SCALE)
     if power_of_two:  # the exponent's next step, unless all bits behind it are zero
         bits = lax.bitcast_convert_type(scales, jnp.int32)
         scales = lax.bitcast_convert_type((bits + 0x7FFFFF) & 0x7F800000, jnp.float32)
@@ -193,18 +205,14 @@ def _finite_magnitudes(x):
 
 def _to_e4m3(x, scales):
     """To the nearest; what is beyond the range, to its end: the conversion would give NaN."""
-    x = x * (1 / scales)  # as XLA computes the quotient anyway, where it sees one scale for all
+    x = x * (1 / scales)
     return jnp.clip(x, -E4M3_MAX, E4M3_MAX).astype(E4M3)
-
-
-def _to_bytes(x):
-    return lax.bitcast_convert_type(x, jnp.uint8)
 
 
 def _from_bytes(x, dtype):
     """The last axis, read as numbers of several bytes."""
     size = jnp.dtype(dtype).itemsize
-    return lax.bitcast_convert_type(x.reshape(*x.shape[:-1], -1, size), dtype)
+    return lax.bitcast_convert_type(x.reshape(*x.shape[:-1], x.shape[-1] // size, size), dtype)
 
 
 def _beside(k_scale, rows):
