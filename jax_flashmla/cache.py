@@ -145,6 +145,8 @@ def _append_on_cpu(k_cache, new_kv, *table_and_lengths):
     """The same, row by row into an e4m3 cache: XLA:CPU scatters them through a float16 copy."""
     if k_cache.dtype != FP8_PER_TENSOR.dtype:
         return _append(k_cache, new_kv, *table_and_lengths)
+    if 0 in new_kv.shape:
+        return (k_cache,)
     index, inside = _places(k_cache, new_kv, *table_and_lengths)
     index = [x.reshape(-1) for x in index]
     inside = inside.reshape(-1)

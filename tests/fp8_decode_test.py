@@ -1,0 +1,365 @@
+"""Decode and append of FP8 caches, against the oracle on what the cache holds.
+
+What must not be read is NaN, scales included; what must not be written is compared byte for byte.
+"""
+
+import functools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from jax_flashmla import (
+    append_kv_cache,
+    cache_layout,
+    flash_mla_with_kvcache,
+    get_mla_metadata,
+    native,
+)
+from tests import fp8, problems, support
+
+NAMES = tuple(fp8.FORMATS)
+BOTH = parameterized.parameters(*NAMES)
+PAGE_SIZES = 1, 16, 32, 64, 128, 256, 512, 1024
+
+
+def cover(**factors):
+    return problems.pairwise_cover(
+        {"name": NAMES}
+        | factors
+        | {
+            "padding": (0, 16, 48),
+            "s_q": (1, 3),
+            "causal": (False, True),
+            "heads": ((2, 2), (5, 1), (9, 3), (16, 1)),
+            "dtype": ("bfloat16", "float16"),
+            "power_of_two": (False, True),
+        },
+        is_valid=lambda c: not (c["power_of_two"] and c["name"] == "fp8_per_tensor"),
+        cost=lambda c: c.get("page", 1) * c["heads"][1] * c["s_q"],
+    )
+
+
+def cover_of_append(**factors):
+    """Those with several rows, and not every number of query heads."""
+    cases = [case for case in cover(**factors) if case["s_q"] > 1]
+    return [{k: v for k, v in case.items() if k not in ("causal", "dtype")} for case in cases]
+
+
+@functools.partial(jax.jit, static_argnames=("causal", "planned", "pair", "window", "cap"))
+def decode(
+    q, k_cache, block_table, lengths, k_scale, causal=False, planned=False, pair=False, **options
+):
+    metadata = ()
+    if planned:
+        h_kv = k_cache.shape[-2]
+        metadata = get_mla_metadata(lengths, q.shape[-3] * q.shape[-2] // h_kv, h_kv)
+    q = (q[..., :512], q[..., 512:]) if pair else q
+    return flash_mla_with_kvcache(
+        q,
+        k_cache,
+        block_table,
+        lengths,
+        512,
+        *metadata,
+        k_scale=k_scale,
+        causal=causal,
+        sliding_window=options.get("window"),
+        logits_soft_cap=options.get("cap"),
+    )
+
+
+append = jax.jit(append_kv_cache, static_argnames="power_of_two_scales")
+
+
+def lengths_around(page):
+    """Of no token, of one page and its neighbours, of one block of 64, of several pages."""
+    return [0, 1, page - 1, page, page + 1, 63, 64, 65, 2 * page + 70]
+
+
+class Fp8Test(parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.rng = np.random.default_rng()
+
+    def check(self, got, problem, **options):
+        dtype = problem.q.dtype
+        want, plain = (problem.reference(rounded_to=t, **options) for t in (None, dtype))
+        support.assert_decodes_well(self, got, want, plain, dtype)
+
+
+class PagedTest(Fp8Test):
+    @parameterized.parameters(*cover(page=PAGE_SIZES))
+    def test_decode(self, name, page, padding, s_q, causal, heads, dtype, power_of_two):
+        problem = fp8.make_problem(
+            self.rng,
+            lengths_around(page),
+            name,
+            s_q=s_q,
+            h_q=heads[0],
+            h_kv=heads[1],
+            dtype=jnp.dtype(dtype),
+            page=page,
+            padding=padding,
+            power_of_two=power_of_two,
+        )
+        got = decode(*problem.arrays, problem.k_scale, causal=causal, planned=s_q > 1)
+        self.check(got, problem, causal=causal)
+
+    @parameterized.parameters(*cover_of_append(page=PAGE_SIZES))
+    def test_append(self, name, page, padding, s_q, heads, power_of_two):
+        problem = fp8.make_problem(
+            self.rng, lengths_around(page), name, s_q=s_q, h_kv=heads[1], page=page, padding=padding
+        )
+        dtype = self.rng.choice(["bfloat16", "float16", "float32"])
+        new_kv = fp8.draw_rows(self.rng, problem, jnp.dtype(dtype))
+        got = append(
+            problem.k_cache,
+            new_kv,
+            *problem.arrays[2:],
+            k_scale=problem.k_scale,
+            power_of_two_scales=power_of_two,
+        )
+        fp8.assert_same_bytes(got, fp8.append(problem, name, new_kv, power_of_two))
+
+    @BOTH
+    def test_groups(self, name):
+        parts = [
+            fp8.make_problem(
+                self.rng, self.rng.permutation([3, 0, 300, 128]), name, page=128, padding=16, s_q=2
+            )
+            for _ in range(6)
+        ]
+        stacked = fp8.stack(parts)
+        q, k_cache, table, lengths = (x.reshape(2, 3, *x.shape[1:]) for x in stacked.arrays)
+        k_scale = None if stacked.k_scale is None else stacked.k_scale.reshape(2, 3)
+        out, lse = decode(q, k_cache, table, lengths, k_scale, causal=True, planned=True)
+        new_kv = np.stack([fp8.draw_rows(self.rng, part) for part in parts])
+        appended = append(
+            k_cache, new_kv.reshape(2, 3, *new_kv.shape[1:]), table, lengths, k_scale=k_scale
+        )
+        for i, part in enumerate(parts):
+            where = divmod(i, 3)
+            self.check((out[where], lse[where]), part, causal=True)
+            fp8.assert_same_bytes(appended[where], fp8.append(part, name, new_kv[i]))
+
+    @parameterized.product(name=NAMES, pair=(False, True), cap=(None, 2.0), window=(1, 50, 100))
+    def test_windows_caps_and_pairs(self, name, pair, cap, window):
+        lengths = [0, 1, 49, 50, 51, 64, 200]
+        problem = fp8.make_problem(self.rng, lengths, name, s_q=2, h_q=6)
+        # What is before every query's window is not read either.
+        for table, length in zip(problem.block_table, lengths, strict=True):
+            table[: max(0, length - 1 - window) // 64] = problems.UNUSED_TABLE_ENTRY
+        options = {"causal": True, "window": window, "cap": cap}
+        got = decode(*problem.arrays, problem.k_scale, pair=pair, **options)
+        self.check(got, problem, causal=True, sliding_window=window, logits_soft_cap=cap)
+
+    @BOTH
+    def test_page_ids_outside_the_pool_read_as_zeros(self, name):
+        problem = fp8.make_problem(self.rng, [49] * 3, name, page=16, h_q=2)
+        problem.block_table[0, 1] = len(problem.k_cache)
+        problem.block_table[1, 2] = -1
+        problem.block_table[2, 0] = np.iinfo(np.int32).min
+        self.check(decode(*problem.arrays, problem.k_scale), problem)
+
+    @BOTH
+    def test_lengths_are_clamped_to_the_table(self, name):
+        problem = fp8.make_problem(self.rng, [48, 48, 0], name, max_blocks=3, page=16, h_q=2)
+        longer = np.array([49, np.iinfo(np.int32).max, -3], np.int32)
+        self.check(decode(*problem.arrays[:3], longer, problem.k_scale), problem)
+
+    @parameterized.parameters(2.0**-100, 2.0**-20, 2.0**60)
+    def test_scales_far_from_1(self, factor):
+        problem = fp8.make_problem(self.rng, [0, 1, 100], "fp8_per_tensor", h_q=4)
+        scale = 576**-0.5 / factor
+        got = jax.jit(functools.partial(flash_mla_with_kvcache, softmax_scale=scale))(
+            *problem.arrays, k_scale=np.float32(problem.k_scale * factor)
+        )
+        want = problem.reference()
+        got = np.asarray(got[0], np.float64) / factor, got[1]
+        support.assert_decodes_well(
+            self, got, want, problem.reference(rounded_to=problem.q.dtype), problem.q.dtype
+        )
+
+    @BOTH
+    def test_append_then_decode(self, name):
+        # A cache that is filled row by row, as a server does, is the one that is written at once.
+        problem = fp8.make_problem(self.rng, [150, 64, 0, 7], name, s_q=3)
+        rows = np.nan_to_num(problem.values).astype(np.float32)  # quantized once more, the same
+        pool = np.full(problem.k_cache.shape, fp8.POISON[name], np.uint8).view(
+            problem.k_cache.dtype
+        )
+        for end in range(3, 153, 3):
+            lengths = np.minimum(end, problem.cache_seqlens)
+            new_kv = np.zeros((4, 3, 1, 576), np.float32)
+            for i, length in enumerate(lengths):
+                for token, position in enumerate(range(length - 3, length)):
+                    if position >= 0:
+                        page = problem.block_table[i, position // 64]
+                        new_kv[i, token] = rows[page, position % 64]
+            pool = append(pool, new_kv, problem.block_table, lengths, k_scale=problem.k_scale)
+        self.assertTrue(np.isnan(fp8.dequantize(pool, name, problem.k_scale)).any())
+        got = decode(problem.q, pool, *problem.arrays[2:], problem.k_scale, causal=True)
+        self.check(got, problem, causal=True)
+
+    @BOTH
+    def test_append_skips_what_has_no_place(self, name):
+        problem = fp8.make_problem(self.rng, [100] * 6, name, s_q=2)
+        problem.cache_seqlens[:] = [-5, 0, 1, 64 * 5 + 1, np.iinfo(np.int32).max, 100]
+        problem.block_table[5, 1] = len(problem.k_cache)
+        new_kv = fp8.draw_rows(self.rng, problem)
+        got = append(problem.k_cache, new_kv, *problem.arrays[2:], k_scale=problem.k_scale)
+        fp8.assert_same_bytes(got, fp8.append(problem, name, new_kv))
+
+    @parameterized.product(name=NAMES, unpaged=(False, True))
+    def test_an_empty_batch(self, name, unpaged):
+        kind = fp8.FORMATS[name]
+        k_cache = jnp.zeros((0 if unpaged else 3, 64, 1, kind.row_width), kind.dtype)
+        k_scale = 1.0 if kind.scale_per_cache else None
+        table = None if unpaged else jnp.zeros((0, 2), jnp.int32)
+        q, new_kv = (jnp.zeros((0, 1, h, 576), jnp.bfloat16) for h in (4, 1))
+        lengths = jnp.zeros(0, jnp.int32)
+        out, lse = flash_mla_with_kvcache(q, k_cache, table, lengths, k_scale=k_scale)
+        self.assertEqual((out.shape, lse.shape), ((0, 1, 4, 512), (0, 4, 1)))
+        got = append(k_cache, new_kv, table, lengths, k_scale=k_scale)
+        fp8.assert_same_bytes(got, k_cache)
+
+
+class UnpagedTest(Fp8Test):
+    @parameterized.parameters(*cover(max_len=(64, 80, 97)))
+    def test_decode_and_append(
+        self, name, max_len, padding, s_q, causal, heads, dtype, power_of_two
+    ):
+        problem = fp8.make_problem(
+            self.rng,
+            np.minimum([0, 1, 63, 64, 65, max_len - 1, max_len], max_len),
+            name,
+            max_len=max_len,
+            s_q=s_q,
+            h_q=heads[0],
+            h_kv=heads[1],
+            dtype=jnp.dtype(dtype),
+            padding=padding,
+            power_of_two=power_of_two,
+        )
+        q, k_cache, _, lengths = problem.arrays
+        got = decode(q, k_cache, None, lengths, problem.k_scale, causal=causal, planned=s_q > 1)
+        self.check(got, problem, causal=causal)
+        lengths[-1] = max_len + 1
+        new_kv = fp8.draw_rows(self.rng, problem)
+        got = append(k_cache, new_kv, None, lengths, k_scale=problem.k_scale)
+        fp8.assert_same_bytes(got, fp8.append(problem, name, new_kv))
+
+
+class KernelTest(Fp8Test):
+    """Which FP8 caches the kernel takes, asked as if it could run here."""
+
+    def setUp(self):
+        super().setUp()
+        if native.why_no_kernel("decode") is not None:
+            self.enterContext(mock.patch.object(native, "why_no_kernel", return_value=None))
+
+    def lower(self, name, implementation, page=64):
+        """The call of the kernel, or nothing."""
+        problem = fp8.make_problem(self.rng, [3, 70], name, page=page)
+        fun = functools.partial(flash_mla_with_kvcache, implementation=implementation)
+        traced = jax.jit(fun).trace(*problem.arrays, k_scale=problem.k_scale)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        return "".join(line for line in text.splitlines() if "@jax_flashmla_decode(" in line)
+
+    @BOTH
+    def test_a_format_that_it_does_not_read(self, name):
+        formats = cache_layout.BFLOAT16, cache_layout.FLOAT16
+        with mock.patch.object(cache_layout, "KERNEL_FORMATS", formats):
+            self.assertEmpty(self.lower(name, None))
+            with self.assertRaisesRegex(
+                RuntimeError, f"cannot run: the kernel does not read {name} caches yet"
+            ):
+                self.lower(name, "cuda")
+
+    @parameterized.product(name=NAMES, implementation=(None, "cuda"))
+    def test_operands(self, name, implementation):
+        formats = tuple(fp8.FORMATS.values())
+        with mock.patch.object(cache_layout, "KERNEL_FORMATS", formats):
+            call = self.lower(name, implementation)
+            self.assertEmpty(self.lower(name, None, page=1))
+        cache, scale = ("576xf8E4M3FN", "1xf32") if name == "fp8_per_tensor" else ("656xui8", "0xf")
+        self.assertRegex(call, rf"bf16>, tensor<1x\d+x64x1x{cache}>, tensor<{scale}.*>, tensor<1x2")
+
+    def test_no_scale_of_a_16_bit_cache(self):
+        problem = problems.make_problem(self.rng, [3, 70])
+        traced = jax.jit(flash_mla_with_kvcache).trace(*problem.arrays)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        self.assertRegex(text, r"x64x1x576xbf16>, tensor<0xf32>, tensor<1x2x\d+xi32>")
+
+
+class OnGpuTest(Fp8Test):
+    """The kernel, where there is one that reads these caches."""
+
+    def need_format(self, name):
+        support.need_kernel(self, "decode")
+        if fp8.FORMATS[name] not in cache_layout.KERNEL_FORMATS:
+            self.skipTest(f"the kernel does not read {name} caches yet")
+
+    def check_on_gpu(self, problem, unpaged=False):
+        """Results are held to the same computation in 16 bits, keys rounded to q's dtype too."""
+        run = jax.jit(functools.partial(flash_mla_with_kvcache, causal=True, implementation="cuda"))
+        q, k_cache, table, lengths = problem.arrays
+        table_operand = None if unpaged else table
+        got = run(q, k_cache, table_operand, lengths, k_scale=problem.k_scale)
+        want = self.plain(problem, jnp.float32, None)
+        plain = self.plain(problem, None, q.dtype)
+        want = [np.asarray(x, np.float64) for x in want]
+        finite = np.isfinite(want[1])
+        slack = 2 * np.abs(np.asarray(plain[1])[finite] - want[1][finite]).max(initial=0)
+        np.testing.assert_allclose(
+            np.asarray(got[1])[finite], want[1][finite], rtol=1e-5, atol=1e-4 + slack
+        )
+        support.assert_decodes_well(self, (got[0], want[1]), want, plain, q.dtype)
+
+    def plain(self, problem, weights, keys_dtype):
+        """In float32 on dequantized keys, or on these rounded to 16 bits; fp8_per_tensor: exact."""
+        values = np.nan_to_num(problem.values).astype(np.float32)
+        if keys_dtype is not None and problem.k_scale is None:
+            values = values.astype(keys_dtype).astype(np.float32)
+        arrays = problem.q, values, problem.block_table, problem.cache_seqlens
+        return support.decode_in_low_precision(arrays, 576**-0.5, True, weights)
+
+    @parameterized.product(
+        name=NAMES, page=PAGE_SIZES[1:], padding=(0, 48), h_q=(3, 16, 64, 126), s_q=(1, 3)
+    )
+    def test_paged(self, name, page, padding, h_q, s_q):
+        self.need_format(name)
+        lengths = [*lengths_around(page), *self.rng.integers(0, 5000, 20)]
+        problem = fp8.make_problem(
+            self.rng, lengths, name, s_q=s_q, h_q=h_q, page=page, padding=padding
+        )
+        self.check_on_gpu(problem)
+
+    @parameterized.product(name=NAMES, h_kv=(2, 3, 8), s_q=(1, 2, 4))
+    def test_kv_heads(self, name, h_kv, s_q):
+        self.need_format(name)
+        lengths = [0, 1, 63, 64, 65, *self.rng.integers(0, 2000, 20)]
+        problem = fp8.make_problem(self.rng, lengths, name, s_q=s_q, h_q=3 * h_kv, h_kv=h_kv)
+        self.check_on_gpu(problem)
+
+    @parameterized.product(name=NAMES, max_len=(64, 80, 1024, 6144), h_q=(16, 128))
+    def test_unpaged(self, name, max_len, h_q):
+        self.need_format(name)
+        lengths = self.rng.integers(0, max_len + 1, 20)
+        problem = fp8.make_problem(self.rng, lengths, name, max_len=max_len, s_q=2, h_q=h_q)
+        self.check_on_gpu(problem, unpaged=True)
+
+    @parameterized.product(name=NAMES, batch=(1, 64), keys=(20, 140, 4096), h_q=(1, 9, 63, 128))
+    def test_batches(self, name, batch, keys, h_q):
+        self.need_format(name)
+        problem = fp8.make_problem(
+            self.rng, np.full(batch, keys), name, h_q=h_q, dtype=jnp.float16, power_of_two=True
+        )
+        self.check_on_gpu(problem)
+
+
+if __name__ == "__main__":
+    absltest.main()
