@@ -68,15 +68,14 @@ def _decode_local_xla(*operands, config, walk):
     first_page = jnp.arange(groups, dtype=jnp.int32)[:, None, None] * num_blocks
     in_pool = (block_table >= 0) & (block_table < num_blocks)
     block_table = jnp.where(in_pool, block_table + first_page, -1)
-    if k_scale is not None:  # of each sequence
-        k_scale = jnp.repeat(k_scale, batch, total_repeat_length=groups * batch)
+    if k_scale is not None:
+        k_scale = jnp.broadcast_to(k_scale[:, None], (groups, batch))
     out, lse = decode_xla.decode_xla(
-        *(_merge_leading_axes(x) for x in (q, k_cache, block_table, cache_seqlens)),
+        *(_merge_leading_axes(x) for x in (q, k_cache, k_scale, block_table, cache_seqlens)),
         softmax_scale=config.softmax_scale,
         causal=config.causal,
         sliding_window=config.sliding_window,
         logits_soft_cap=config.logits_soft_cap,
-        k_scale=k_scale,
         walk=walk,
     )
     return out.reshape(groups, batch, *out.shape[1:]), lse.reshape(groups, batch, *lse.shape[1:])

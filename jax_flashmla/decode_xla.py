@@ -43,6 +43,7 @@ START_MAX = float(jnp.finfo(jnp.float32).min)
 def decode_xla(
     q,
     k_cache,
+    k_scale,
     block_table,
     cache_seqlens,
     *,
@@ -50,7 +51,6 @@ def decode_xla(
     causal,
     sliding_window,
     logits_soft_cap,
-    k_scale,
     walk,
 ):
     """Decodes a batch from one pool.
@@ -59,13 +59,13 @@ def decode_xla(
       q: a tuple of arrays `[b, s_q, h_q, .]` that together have the cache's 576 columns.
       k_cache: `[num_blocks, page, h_kv, width]`: rows in the format of its dtype, and perhaps
         padding.
+      k_scale: `[b]` float32, what the rows of each sequence are to be multiplied with, or None.
       block_table: `[b, max_blocks]` int32.
       cache_seqlens: `[b]` int32.
       softmax_scale: float.
       causal: bool.
       sliding_window: int or None.
       logits_soft_cap: float or None.
-      k_scale: `[b]` float32, what the rows of each sequence are to be multiplied with, or None.
       walk: how much to read at a time, and in which precision to multiply.
 
     Returns:

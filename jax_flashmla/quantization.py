@@ -1,6 +1,7 @@
 """`quantize_kv_cache` and `dequantize_kv_cache`: between numbers and the FP8 cache formats."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -145,18 +146,7 @@ def quantize_rows(rows, format, k_scale=None, power_of_two_scales=False):
     scales = _scales(_finite_magnitudes(blocks).max(axis=-1), power_of_two_scales)
     latent = _to_e4m3(blocks, scales[..., None])
     rope = rows[..., LATENT_DIM:HEAD_DIM].astype(format.rope_dtype)
-    parts = zip(
-        (latent, scales, rope),
-        (format.latent_bytes, format.scale_bytes, format.rope_bytes),
-        strict=True,
-    )
-    return jnp.concatenate(
-        [
-            lax.bitcast_convert_type(x, jnp.uint8).reshape(*leading, where.stop - where.start)
-            for x, where in parts
-        ],
-        axis=-1,
-    )
+    return jnp.concatenate([_to_bytes(x, leading) for x in (latent, scales, rope)], axis=-1)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -209,10 +199,24 @@ def _to_e4m3(x, scales):
     return jnp.clip(x, -E4M3_MAX, E4M3_MAX).astype(E4M3)
 
 
+# By shifts: bitcasts between elements of different sizes cannot be exported for any batch.
+
+
+def _to_bytes(x, leading):
+    """`x [*leading, ..]` as bytes `[*leading, n]`, little-endian."""
+    size = x.dtype.itemsize
+    bits = lax.bitcast_convert_type(x, f"uint{8 * size}")
+    if size > 1:
+        bits = bits[..., None] >> (8 * jnp.arange(size, dtype=bits.dtype))
+    return bits.astype(jnp.uint8).reshape(*leading, math.prod(bits.shape[len(leading) :]))
+
+
 def _from_bytes(x, dtype):
-    """The last axis, read as numbers of several bytes."""
+    """The last axis, read as little-endian numbers of several bytes."""
     size = jnp.dtype(dtype).itemsize
-    return lax.bitcast_convert_type(x.reshape(*x.shape[:-1], x.shape[-1] // size, size), dtype)
+    parts = x.reshape(*x.shape[:-1], x.shape[-1] // size, size).astype(f"uint{8 * size}")
+    bits = functools.reduce(jnp.bitwise_or, (parts[..., i] << (8 * i) for i in range(size)))
+    return lax.bitcast_convert_type(bits, dtype)
 
 
 def _beside(k_scale, rows):
