@@ -1,4 +1,7 @@
-"""Writes README.md's tables from benchmarks/results/: `python -m benchmarks.tables [--check]`."""
+"""Writes tables from benchmarks/results/ into README.md and docs/fp8.md.
+
+`python -m benchmarks.tables [--check]`
+"""
 
 import argparse
 import json
@@ -8,7 +11,9 @@ import sys
 
 from benchmarks import cases, report
 
-README = pathlib.Path(__file__).parent.parent / "README.md"
+ROOT = pathlib.Path(__file__).parent.parent
+README = ROOT / "README.md"
+FP8_PAGE = ROOT / "docs" / "fp8.md"
 MARKED = r"(<!-- table:{name}: made by `make figures` -->\n).*?(<!-- end -->)"
 
 
@@ -23,8 +28,8 @@ def markdown_table(columns, rows):
     return "".join("| " + " | ".join(str(cell) for cell in line) + " |\n" for line in lines)
 
 
-def source(name):
-    """One line: where and with what it was measured."""
+def source(name, folder=""):
+    """One line: where and with what it was measured. `folder`: from the page to the repository."""
     env = load(name)["environment"]
     where = env["device"]
     if "driver_version" in env:
@@ -33,7 +38,7 @@ def source(name):
         where += f", {env['cores']} cores"
     return (
         f"\n{where}; jax {env['jax']}, commit {env['commit']}, {env['date']}; "
-        f"[raw samples](benchmarks/results/{name}.json).\n"
+        f"[raw samples]({folder}benchmarks/results/{name}.json).\n"
     )
 
 
@@ -241,6 +246,18 @@ def deepseek():
     return markdown_table(columns, rows) + source("deepseek") + source("deepseek_1x4")
 
 
+def fp8_accuracy():
+    """The error of decode from FP8 caches."""
+    keys = "out_rms", "ordinary_rms", "out_max", "lse_max"
+    cells = [
+        [row["rows"], row["format"], *(f"{row[key]['median']:.1e}" for key in keys)]
+        for row in load("fp8_accuracy")["rows"]
+    ]
+    columns = ["rows", "cache", "error of out", "without the outliers' columns"]
+    columns += ["largest of these", "largest error of lse"]
+    return markdown_table(columns, cells) + source("fp8_accuracy", "../")
+
+
 TABLES = {
     "decode": decode,
     "layouts": layouts,
@@ -253,22 +270,32 @@ TABLES = {
 }
 
 
+PAGES = {README: TABLES, FP8_PAGE: {"fp8_accuracy": fp8_accuracy}}
+
+
 def main():
     """Rewrites the tables, or with --check exits non-zero if one is not what the JSON says."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="only say whether they are current")
     args = parser.parse_args()
-    text = README.read_text()
-    new = text
-    for name, make in TABLES.items():
+    for page, tables in PAGES.items():
+        name = page.relative_to(ROOT)
+        text = page.read_text()
+        new = with_tables(text, tables, name)
+        if args.check and new != text:
+            sys.exit(f"{name}'s tables differ from benchmarks/results/: run `make figures`")
+        if not args.check:
+            page.write_text(new)
+
+
+def with_tables(text, tables, page):
+    """A page with its tables made anew."""
+    for name, make in tables.items():
         pattern = re.compile(MARKED.format(name=name), re.DOTALL)
-        new, found = pattern.subn(lambda m, make=make: m[1] + make() + m[2], new)
+        text, found = pattern.subn(lambda m, make=make: m[1] + make() + m[2], text)
         if found != 1:
-            sys.exit(f"README.md: expected one table {name!r}, found {found}")
-    if args.check and new != text:
-        sys.exit("README.md's tables differ from benchmarks/results/: run `make figures`")
-    if not args.check:
-        README.write_text(new)
+            sys.exit(f"{page}: expected one table {name!r}, found {found}")
+    return text
 
 
 if __name__ == "__main__":

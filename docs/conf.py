@@ -33,6 +33,7 @@ def adapt(app, docname, source):
     """Pages are also read as they are: what only a site can have is put in here."""
     del app, docname
     text = re.sub(r"^<!-- README: (.*) -->$", lambda m: readme_section(m[1]), source[0], flags=re.M)
+    text = re.sub(r"; \[raw samples\]\(\.\./[^)]*\)", "", text)
     source[0] = text.replace("(../README.md#", "(performance.md#")
 
 

@@ -13,7 +13,7 @@ import jax_flashmla
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
-PAGES = "getting_started", "concepts", "from_flashmla"
+PAGES = "getting_started", "concepts", "fp8", "from_flashmla"
 
 if not README.exists():
     raise unittest.SkipTest("tests run without the repository's README")
@@ -52,11 +52,13 @@ class ReadmeTest(parameterized.TestCase):
         "get_mla_metadata",
         "append_kv_cache",
         "block_table_from_csr",
+        "quantize_kv_cache",
         "merge_attention_states",
     )
     def test_docstrings(self, name):
         function = getattr(jax_flashmla, name)
-        names = {"jax": jax, "jnp": jnp, name: function}
+        public = {public: getattr(jax_flashmla, public) for public in jax_flashmla.__all__}
+        names = {"jax": jax, "jnp": jnp} | public
         (example,) = doctest.DocTestFinder(recurse=False).find(function, name, globs=names)
         failed, tried = doctest.DocTestRunner().run(example)
         self.assertEqual(failed, 0)
