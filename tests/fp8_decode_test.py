@@ -302,16 +302,18 @@ class KernelTest(Fp8Test):
 
 
 class OnGpuTest(Fp8Test):
-    """The kernel, where there is one that reads these caches."""
+    """On a GPU: the kernel, where there is one that reads these caches, and XLA."""
 
-    def need_format(self, name):
+    def need(self, name, implementation="cuda"):
         support.need_kernel(self, "decode")
-        if fp8.FORMATS[name] not in cache_layout.KERNEL_FORMATS:
+        if implementation == "cuda" and fp8.FORMATS[name] not in cache_layout.KERNEL_FORMATS:
             self.skipTest(f"the kernel does not read {name} caches yet")
 
-    def check_on_gpu(self, problem, unpaged=False):
+    def check_on_gpu(self, problem, unpaged=False, implementation="cuda"):
         """Results are held to the same computation in 16 bits, keys rounded to q's dtype too."""
-        run = jax.jit(functools.partial(flash_mla_with_kvcache, causal=True, implementation="cuda"))
+        run = jax.jit(
+            functools.partial(flash_mla_with_kvcache, causal=True, implementation=implementation)
+        )
         q, k_cache, table, lengths = problem.arrays
         table_operand = None if unpaged else table
         got = run(q, k_cache, table_operand, lengths, k_scale=problem.k_scale)
@@ -334,26 +336,32 @@ class OnGpuTest(Fp8Test):
         return support.decode_in_low_precision(arrays, 576**-0.5, True, weights)
 
     @parameterized.parameters(
-        *cover_on_gpu(page=PAGE_SIZES[1:], padding=(0, 48), h_q=(3, 16, 64, 126), s_q=(1, 3))
+        *cover_on_gpu(
+            implementation=("cuda", "xla"),
+            page=PAGE_SIZES[1:],
+            padding=(0, 48),
+            h_q=(3, 16, 64, 126),
+            s_q=(1, 3),
+        )
     )
-    def test_paged(self, name, page, padding, h_q, s_q):
-        self.need_format(name)
+    def test_paged(self, name, implementation, page, padding, h_q, s_q):
+        self.need(name, implementation)
         lengths = [*lengths_around(page), *self.rng.integers(0, 5000, 20)]
         problem = fp8.make_problem(
             self.rng, lengths, name, s_q=s_q, h_q=h_q, page=page, padding=padding
         )
-        self.check_on_gpu(problem)
+        self.check_on_gpu(problem, implementation=implementation)
 
     @parameterized.parameters(*cover_on_gpu(h_kv=(2, 3, 8), s_q=(1, 2, 4)))
     def test_kv_heads(self, name, h_kv, s_q):
-        self.need_format(name)
+        self.need(name)
         lengths = [0, 1, 63, 64, 65, *self.rng.integers(0, 2000, 20)]
         problem = fp8.make_problem(self.rng, lengths, name, s_q=s_q, h_q=3 * h_kv, h_kv=h_kv)
         self.check_on_gpu(problem)
 
     @parameterized.product(name=NAMES, max_len=(64, 80, 1024, 6144), h_q=(16, 128))
     def test_unpaged(self, name, max_len, h_q):
-        self.need_format(name)
+        self.need(name)
         lengths = self.rng.integers(0, max_len + 1, 20)
         problem = fp8.make_problem(self.rng, lengths, name, max_len=max_len, s_q=2, h_q=h_q)
         self.check_on_gpu(problem, unpaged=True)
@@ -362,7 +370,7 @@ class OnGpuTest(Fp8Test):
         *cover_on_gpu(batch=(1, 64), keys=(20, 140, 4096), h_q=(1, 9, 63, 128))
     )
     def test_batches(self, name, batch, keys, h_q):
-        self.need_format(name)
+        self.need(name)
         problem = fp8.make_problem(
             self.rng, np.full(batch, keys), name, h_q=h_q, dtype=jnp.float16, power_of_two=True
         )
