@@ -258,6 +258,24 @@ def fp8_accuracy():
     return markdown_table(columns, cells) + source("fp8_accuracy", "../")
 
 
+def fp8_deepseek():
+    """The logits of a model that reads an FP8 cache."""
+    cells = [
+        [
+            row["cache"],
+            f"{row['logits_rms']:.1e}",
+            f"{row['kl_mean']:.1e}",
+            f"{row['kl_max']:.1e}",
+            f"{row['same_token']:.1%}",
+        ]
+        for row in load("fp8_deepseek")["rows"]
+    ]
+    columns = ["cache", "error of the logits", "mean divergence, nats", "largest"]
+    return markdown_table([*columns, "same most likely token"], cells) + source(
+        "fp8_deepseek", "../"
+    )
+
+
 TABLES = {
     "decode": decode,
     "layouts": layouts,
@@ -270,7 +288,8 @@ TABLES = {
 }
 
 
-PAGES = {README: TABLES, FP8_PAGE: {"fp8_accuracy": fp8_accuracy}}
+FP8_TABLES = {"fp8_accuracy": fp8_accuracy, "fp8_deepseek": fp8_deepseek}
+PAGES = {README: TABLES, FP8_PAGE: FP8_TABLES}
 
 
 def main():

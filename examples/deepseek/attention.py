@@ -16,7 +16,13 @@ from flax import nnx
 
 from examples.deepseek.config import LATENT_DIM, ROPE_DIM, Config
 from examples.deepseek.rope import rotate, softmax_scale
-from jax_flashmla import MLAMetadata, append_kv_cache, flash_mla_with_kvcache
+from jax_flashmla import (
+    FP8_BLOCK,
+    MLAMetadata,
+    append_kv_cache,
+    dequantize_kv_cache,
+    flash_mla_with_kvcache,
+)
 
 PAGE = 64
 KEY_PAGES = 8  # of prefill's steps through the keys
@@ -111,9 +117,13 @@ class Step(NamedTuple):
 def append(pool, rows, block_table, cache_seqlens):
     """`append_kv_cache` for rows `[g, b, t, 576]` of any dtype, which take the pool's.
 
-    The library's pools are of 16 bits; float32 ones, for tests, are written here by its contract.
+    The library's pools are of 16 or 8 bits; float32 ones, for tests, are written here by its
+    contract.
     """
-    rows = rows.astype(pool.dtype)[..., None, :]
+    rows = rows[..., None, :]
+    if pool.dtype == FP8_BLOCK.dtype:
+        return append_kv_cache(pool, rows, block_table, cache_seqlens)
+    rows = rows.astype(pool.dtype)
     if pool.dtype.itemsize == 2:
         return append_kv_cache(pool, rows, block_table, cache_seqlens)
     position = cache_seqlens[..., None] + jnp.arange(-rows.shape[2], 0)
@@ -129,17 +139,19 @@ def attend_with_flash_mla(q, pool, step, scale, implementation=None):
 
     Args:
       q: `(q_nope [n, heads, 512], q_rope [n, heads, 64])`, n = g b.
-      pool: `[g, num_pages, 64, 1, 576]` bfloat16 or float16, the new rows in it.
+      pool: `[g, num_pages, 64, 1, width]` bfloat16 or float16, or in the format `FP8_BLOCK`, the
+        new rows in it.
       step: a `Step`.
       scale: the softmax's.
       implementation: of `flash_mla_with_kvcache`.
 
     Returns:
-      weighted latents `[n, heads, 512]` in the pool's dtype.
+      weighted latents `[n, heads, 512]` in the pool's dtype, or bfloat16.
     """
     groups = step.cache_seqlens.shape
+    dtype = jnp.bfloat16 if pool.dtype == FP8_BLOCK.dtype else pool.dtype
     out, _ = flash_mla_with_kvcache(
-        tuple(x.reshape(*groups, 1, *x.shape[1:]).astype(pool.dtype) for x in q),
+        tuple(x.reshape(*groups, 1, *x.shape[1:]).astype(dtype) for x in q),
         pool,
         step.block_table,
         step.cache_seqlens,
@@ -183,7 +195,7 @@ def attend_to_pages(attention: Attention, q, pool, table, start, length):
     Args:
       attention: whose keys and values.
       q: `[t, heads, nope + 64]`, at positions `start` to `start + t - 1`.
-      pool: `[num_pages, 64, 1, 576]`, the new tokens' rows in it.
+      pool: `[num_pages, 64, 1, width]`, the new tokens' rows in it.
       table: `[max_blocks]` int32.
       start: int32.
       length: int32, tokens of the sequence; later rows of its pages may hold anything.
@@ -202,7 +214,10 @@ def attend_to_pages(attention: Attention, q, pool, table, start, length):
         position = number * keys_at_once + jnp.arange(keys_at_once)
         pages = jax.lax.dynamic_slice_in_dim(table, number * KEY_PAGES, KEY_PAGES)
         # Zeros, not only weights of zero: 0 * NaN is NaN.
-        rows = jnp.where((position < length)[:, None], gather(pool, pages), 0).astype(q.dtype)
+        rows = gather(pool, pages)
+        if pool.dtype == FP8_BLOCK.dtype:
+            rows = dequantize_kv_cache(rows[None, :, None], dtype=q.dtype)[0, :, 0]
+        rows = jnp.where((position < length)[:, None], rows, 0).astype(q.dtype)
         keys, values = attention.expand(rows)
         scores = jnp.einsum("qhd,khd->hqk", q, keys, preferred_element_type=jnp.float32) * scale
         scores = jnp.where(position <= own[:, None], scores, -jnp.inf)

@@ -12,7 +12,7 @@ from examples.deepseek.attention import PAGE, Step, attend_plainly, attend_with_
 from examples.deepseek.config import Config, read_config
 from examples.deepseek.layout import check_divides, sources
 from examples.deepseek.model import bind
-from jax_flashmla import get_mla_metadata
+from jax_flashmla import FP8_BLOCK, get_mla_metadata
 
 ATTENTIONS = {"flash_mla": attend_with_flash_mla, "plain": attend_plainly}
 SMALLEST_CHUNK = 16  # tokens; chunks are padded to this times a power of two
@@ -66,6 +66,7 @@ class Stepper:
         mesh: jax.sharding.Mesh | None = None,
         attention: str = "flash_mla",
         implementation: str | None = None,
+        fp8_cache: bool = False,
     ):
         """Makes the pools; nothing is compiled before the first step.
 
@@ -80,6 +81,7 @@ class Stepper:
           attention: "flash_mla" decodes through `jax_flashmla`, from pools of bfloat16, or float16
             if the parameters are; "plain" in the parameters' dtype, for tests.
           implementation: of `flash_mla_with_kvcache`.
+          fp8_cache: pools in the format `FP8_BLOCK`, for "flash_mla".
 
         Raises:
           ValueError: a number or name makes no sense, or the mesh does not divide the model.
@@ -103,9 +105,14 @@ class Stepper:
             raise ValueError(f"attention: expected {' or '.join(ATTENTIONS)}, got {attention}")
         if attention == "flash_mla" and dtype.itemsize > 2:
             dtype = jnp.dtype(jnp.bfloat16)
+        width = 576
+        if fp8_cache:
+            if attention != "flash_mla":
+                raise ValueError(f"fp8_cache: expected False with attention {attention!r}")
+            dtype, width = FP8_BLOCK.dtype, FP8_BLOCK.row_width
         self._decode = make_decode(config, mesh, ATTENTIONS[attention], implementation)
         self._prefill = make_prefill(config, mesh)
-        shape = (self.pools, num_pages, PAGE, 1, 576)
+        shape = (self.pools, num_pages, PAGE, 1, width)
         make = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=_on(mesh, "data"))
         self.caches = [make(shape, dtype) for _ in range(config.num_hidden_layers)]
 

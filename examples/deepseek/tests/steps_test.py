@@ -70,6 +70,23 @@ class StepsTest(support.CheckpointTest):
         self.assertLessEqual(error(jnp.bfloat16, "flash_mla"), 1.5 * plain)
         self.assertLessEqual(plain, 0.2)
 
+    def test_fp8_pools_against_float32(self):
+        directory = self.checkpoint("v2", first_k_dense_replace=9)
+        float32 = support.make_stepper(directory)
+        tables = support.make_tables(self.rng, float32)
+        sequences = self.sequences(float32, more=3)
+        want = self.run_all(float32, tables, sequences, 3)
+        stepper = support.make_stepper(directory, attention="flash_mla", fp8_cache=True)
+        self.assertEqual(stepper.caches[0].dtype, jnp.uint8)
+        # Garbage in all pages: NaN in values and scales.
+        stepper.caches = [jnp.full_like(cache, 0xFF) for cache in stepper.caches]
+        got = self.run_all(stepper, tables, sequences, 3)
+        errors = np.abs(got - want).max(-1) / np.abs(want).max(-1)
+        self.assertLessEqual(errors.max(), 0.15)
+        self.assertGreater(errors.max(), 1e-3)
+        with self.assertRaisesRegex(ValueError, "fp8_cache: expected False with attention 'plain'"):
+            support.make_stepper(directory, fp8_cache=True)
+
     def test_attention_of_16_bits_against_float32(self):
         # The same keys and queries: only the decode's own rounding is left.
         stepper = support.make_stepper(self.checkpoint("v2_lite"))
