@@ -222,15 +222,17 @@ class MemoryTest(parameterized.TestCase):
     def test_no_copy(self, name, shape, padding):
         pool, decode, *in_place = self.programs(name, shape, padding)
         pool_bytes = pool.size
+        # An accelerator takes longer steps; a dequantized pool would be twice the pool, or more.
+        limit = pool_bytes / 3 if jax.default_backend() == "cpu" else pool_bytes
 
         def memory_of(fun, rest, **options):
             return jax.jit(fun, **options).lower(pool, *rest).compile().memory_analysis()
 
-        self.assertLess(memory_of(*decode).temp_size_in_bytes, pool_bytes / 3)
+        self.assertLess(memory_of(*decode).temp_size_in_bytes, limit)
         for fun, rest in in_place:
             memory = memory_of(fun, rest, donate_argnums=0)
             self.assertEqual(memory.alias_size_in_bytes, pool_bytes)
-            self.assertLess(memory.temp_size_in_bytes, pool_bytes / 3)
+            self.assertLess(memory.temp_size_in_bytes, limit)
             if fun.__name__ == "append":
                 self.assertLess(memory.temp_size_in_bytes, pool_bytes / 100)
 
