@@ -73,6 +73,7 @@ wheel: build/wheel-venv-$(subst /,-,$(PYTHON))/ready
 # What this machine can measure; the JSON goes to benchmarks/results/.
 bench: $(VENV)/ready
 	@$(RUN) -m benchmarks.xla_decode
+	@$(RUN) -m benchmarks.fp8_accuracy
 	-@$(RUN) -m benchmarks.planner
 	@$(RUN) -m benchmarks.decode
 	-@$(RUN) -m benchmarks.step
