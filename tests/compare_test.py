@@ -87,7 +87,8 @@ class CompareTest(parameterized.TestCase):
     def test_the_project_s_own_results(self):
         results = pathlib.Path(compare.__file__).parent / "results"
         for path in results.glob("*.json"):
-            if path.name in ("bars.json", "counters.json"):  # made from others; without times
+            # Made from others; without times.
+            if path.name in ("bars.json", "counters.json") or path.name.startswith("fp8_"):
                 continue
             self.assertIsNone(self.compare(str(path), str(path))[1])
 
