@@ -86,6 +86,11 @@ class Fp8Problem:
         """out and lse by the oracle."""
         return oracle.decode(self.q, self.values, self.block_table, self.cache_seqlens, **options)
 
+    def packed_reference(self, q, cuts, **options):
+        """The same for packed queries of its sequences."""
+        operands = q, self.values, self.block_table, self.cache_seqlens, cuts
+        return oracle.decode_packed(*operands, **options)
+
 
 def make_problem(rng, lengths, name, *, max_len=None, padding=0, power_of_two=False, **options):
     """As `problems.make_problem`, or with `max_len` as `make_unpaged_problem`.
@@ -119,21 +124,14 @@ def stack(parts):
     return Fp8Problem(**{k: None if v[0] is None else np.stack(v) for k, v in columns.items()})
 
 
-def append(problem, name, new_kv, power_of_two=False):
-    """The problem's cache with new rows in it, row by row; bytes that are not written stay."""
-    k_cache = problem.k_cache.copy()
+def append(problem, name, new_kv, power_of_two=False, cuts=None):
+    """The problem's cache with new rows in it, row by row; bytes that are not written stay.
+
+    With `cuts` the rows are packed.
+    """
     rows = quantize(new_kv, name, problem.k_scale, power_of_two)
-    page_size = k_cache.shape[1]
-    batch, s_q = new_kv.shape[:2]
-    for i in range(batch):
-        for token in range(s_q):
-            position = int(problem.cache_seqlens[i]) - s_q + token
-            if 0 <= position < problem.block_table.shape[1] * page_size:
-                page = problem.block_table[i, position // page_size]
-                if 0 <= page < len(k_cache):
-                    place = page, position % page_size
-                    k_cache[place][:, : rows.shape[-1]] = rows[i, token]
-    return k_cache
+    operands = problem.k_cache, rows, problem.block_table, problem.cache_seqlens
+    return oracle.append(*operands) if cuts is None else oracle.append_packed(*operands, cuts)
 
 
 def draw_rows(rng, problem, dtype=jnp.bfloat16):

@@ -102,6 +102,15 @@ def assert_decodes_well(test_case, got, want, plain, dtype):
     np.testing.assert_array_equal(out[zero_rows], 0)
 
 
+def assert_packed_decodes_well(test_case, got, want, plain, dtype):
+    """The same for results of packed queries: out [total, h_q, 512] and lse [h_q, total]."""
+    # Every query is a sequence of one.
+    unpacked = (
+        (np.asarray(out)[:, None], np.asarray(lse).T[:, :, None]) for out, lse in (got, want, plain)
+    )
+    assert_decodes_well(test_case, *unpacked, dtype)
+
+
 def _rms(x):
     return np.sqrt(np.mean(np.square(x))) if x.size else 0.0
 
