@@ -245,6 +245,8 @@ class ErrorsTest(parameterized.TestCase):
             (3, (6, 64), "float16", TypeError, "new_k_pe: expected ql_nope's dtype bfloat16, got"),
             (4, (9, 8, 2, 576), None, ValueError, r"cache_kv: .*packing, 640\], got \[9, 8, 2, 57"),
             (4, (9, 8, 4, 640), "float8_e4m3fn", TypeError, "cache_kv: expected ql_nope's dtype"),
+            (4, (9, 8, 4, 656), "uint8", TypeError, "cache_kv: expected ql_nope's dtype bfloat16"),
+            (4, (9, 8, 4, 640), "float8_e5m2", TypeError, "cache_kv: expected ql_nope's dtype"),
             (4, (9, 4, 2, 640), None, ValueError, "cache_kv: expected pages of 1, 16, .*got 8"),
             (4, (9, 640, 16), None, ValueError, "cache_kv: expected shape"),
             (5, (3, 1), None, ValueError, r"kv_lens: expected shape \[n\], got \[3, 1\]"),
