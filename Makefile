@@ -78,6 +78,7 @@ bench: $(VENV)/ready
 	@$(RUN) -m benchmarks.decode
 	-@$(RUN) -m benchmarks.step
 	-@$(RUN) -m benchmarks.layouts
+	-@$(RUN) -m benchmarks.fp8
 	-@$(RUN) -m benchmarks.sharded
 
 # README.md's tables and the pictures, from the JSON.

@@ -15,7 +15,7 @@ from benchmarks.operands import check, make_operands
 from jax_flashmla.arguments import PAGE_BLOCK_SIZE
 
 BASE = "pages of 64"
-PAGES = (16, 32, 128, 256, 1024)
+PAGES = (1, 16, 32, 128, 256, 1024)
 WIDTH = 640
 SHAPES = [(128, 16, 4096), (64, 32, 8192), (128, 64, 4096), (32, 128, 4096)]
 PADDED = [(64, 16, 4096), (64, 128, 2048)]  # as many padding sequences beside them

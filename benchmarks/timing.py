@@ -13,14 +13,15 @@ from jax_flashmla.decode_local import partial_types
 REPLAYS = 8
 MATMUL = 8192
 READ_BYTES = 8 * 2**30
+FORMATS = {"float8_e4m3fn": "fp8_per_tensor", "uint8": "fp8_block"}
 HOT_CALLS = 100  # of the product, between samples: 0.15 s
 
 
-def time_kernels(operands, metadata, what, launches):
+def time_kernels(operands, metadata, what, launches, k_scale=None):
     """Microseconds per launch of "decode", "split", "combine" or "floor", a sample per replay.
 
     In a CUDA graph of so many launches. `q` may have a leading axis: launches then take queries,
-    and outputs, in turn.
+    and outputs, in turn. `k_scale`: of an FP8 cache that has one.
     """
     q, k_cache, table, _ = operands
     *copies, batch, s_q, heads, _ = q.shape
@@ -31,7 +32,8 @@ def time_kernels(operands, metadata, what, launches):
         jnp.zeros((batch, heads, s_q)),
         *(jnp.zeros(x.shape, x.dtype) for x in partial_types((slots, 1), s_q * heads)),
     )
-    arrays = jax.block_until_ready((*operands, *metadata, *results))
+    scale = () if k_scale is None else (k_scale.reshape(1),)
+    arrays = jax.block_until_ready((*operands, *metadata, *results, *scale))
     return native.module.bench.time_decode(
         [array.unsafe_buffer_pointer() for array in arrays],
         batch=batch,
@@ -50,6 +52,7 @@ def time_kernels(operands, metadata, what, launches):
         launches=launches,
         replays=REPLAYS,
         copies=math.prod(copies),
+        key_format=FORMATS.get(k_cache.dtype.name, "plain"),
     )
 
 

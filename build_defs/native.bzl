@@ -10,6 +10,7 @@ NATIVE = {
     "cuda/plan.cu",
     "cuda/decode_split.cu",
     "cuda/decode_narrow.cu",
+    "cuda/decode_fp8.cu",
     "cuda/decode_combine.cu"
   ],
   "launchers": [

@@ -9,15 +9,20 @@
 
 namespace jax_flashmla {
 
-inline constexpr int kHeadDim = 576;       // columns of a key
-inline constexpr int kLatentDim = 512;     // the first of them are also the value
-inline constexpr int kRowTile = 64;        // query rows of one CTA
-inline constexpr int kPartialRows = 16;    // partial results: tiles of so many rows
-inline constexpr int kPartialColumns = 8;  // and columns
+inline constexpr int kHeadDim = 576;        // columns of a key
+inline constexpr int kLatentDim = 512;      // the first of them are also the value
+inline constexpr int kFp8BlockBytes = 656;  // of a row of kFp8Block: 512, four scales, 64 bfloat16
+inline constexpr int kRowTile = 64;         // query rows of a CTA of the wide kernel
+inline constexpr int kNarrowRows = 16;      // of the narrow one, and where the cache is FP8
+inline constexpr int kPartialRows = 16;     // partial results: tiles of so many rows
+inline constexpr int kPartialColumns = 8;   // and columns
 inline constexpr float kLog2E = 1.4426950408889634f;
 inline constexpr float kLn2 = 0.6931471805599453f;  // natural logarithms from base 2
 
 enum class DType { kBFloat16, kFloat16 };
+// Of a row of the cache: values of the queries' type, 576 e4m3 values, or 512 of them, four float32
+// scales and 64 bfloat16 values (docs/fp8.md).
+enum class KeyFormat { kPlain, kFp8PerTensor, kFp8Block };
 
 // The query rows of a sequence and KV head are (s_q, heads per KV head), flattened: `num_rows`.
 // Partial results, one per slot of num_splits and KV head, are in the order of accumulators, so
@@ -27,12 +32,13 @@ enum class DType { kBFloat16, kFloat16 };
 // Queries, keys, tile_scheduler_metadata and partial_out are aligned to 16 bytes.
 struct DecodeParams {
   DType dtype;
+  KeyFormat key_format;
   const void* q_nope;  // [groups, batch, s_q, h_q, q_nope_stride]: its first 512 columns
   const void* q_rope;  // [groups, batch, s_q, h_q, q_rope_stride]: its first 64 columns
   int q_nope_stride;
   int q_rope_stride;
-  const void*
-      k_cache;  // [groups, num_blocks, page_tokens, h_kv, key_stride]: the first 576 columns
+  const void* k_cache;   // [groups, num_blocks, page_tokens, h_kv, key_stride]: the first columns
+  const float* k_scale;  // [groups], of kFp8PerTensor: what its values are multiplied with
   const int32_t* block_table;              // [groups, batch, max_blocks]
   const int32_t* cache_seqlens;            // [groups, batch]
   const int32_t* tile_scheduler_metadata;  // [groups, num_parts, 8]
@@ -47,8 +53,8 @@ struct DecodeParams {
   int h_q;
   int h_kv;
   int num_blocks;
-  int page_tokens;  // a power of two from 16 on
-  int key_stride;   // 576 at least, a multiple of 8
+  int page_tokens;  // a power of two
+  int key_stride;   // values, or bytes of kFp8Block; at least a row, whole 16 bytes
   int max_blocks;
   int num_parts;
   int slots;  // batch + num_parts - 1 at least
@@ -57,24 +63,28 @@ struct DecodeParams {
   int sliding_window;     // the last so many keys that a query may see; 0: all of them
   bool causal;
 
-  // The plan's blocks, of 64 tokens, and pages: one of them holds one or more of the other.
-  __host__ __device__ int pages_of_block() const {
-    return page_tokens < kBlockTokens ? kBlockTokens / page_tokens : 1;
-  }
-  __host__ __device__ int blocks_of_page() const {
-    return page_tokens < kBlockTokens ? 1 : page_tokens / kBlockTokens;
-  }
   __host__ __device__ int heads_per_kv() const { return h_q / h_kv; }
   __host__ __device__ int num_rows() const { return s_q * heads_per_kv(); }
-  __host__ __device__ int row_tiles() const { return (num_rows() + kRowTile - 1) / kRowTile; }
+  __host__ __device__ bool is_fp8() const { return key_format != KeyFormat::kPlain; }
+  // Query rows of one CTA, and how many CTAs share a sequence's keys.
+  __host__ __device__ int cta_rows() const { return is_fp8() ? kNarrowRows : kRowTile; }
+  __host__ __device__ int row_tiles() const { return (num_rows() + cta_rows() - 1) / cta_rows(); }
   __host__ __device__ int partial_tiles() const {
     return (num_rows() + kPartialRows - 1) / kPartialRows;
   }
 };
 
 // Few query rows have a split kernel of their own, in which they are padded to so many.
-inline constexpr int kNarrowRows = 16;
 inline bool is_narrow(const DecodeParams& p) { return p.num_rows() <= kNarrowRows; }
+
+// Keys come by the copy engine from pages that hold whole blocks of the plan, and in the wide
+// kernel also from smaller ones with so many tokens. From others they come row by row.
+inline constexpr int kLeastCopiedPage = 16;
+inline bool has_block_pages(const DecodeParams& p) { return p.page_tokens >= kBlockTokens; }
+inline bool comes_by_rows(const DecodeParams& p) {
+  if (p.is_fp8()) return true;
+  return is_narrow(p) ? !has_block_pages(p) : p.page_tokens < kLeastCopiedPage;
+}
 
 // Enqueues both kernels on the current device; returns the first error.
 cudaError_t launch_decode(const DecodeParams& params, cudaStream_t stream);

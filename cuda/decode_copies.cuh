@@ -21,17 +21,12 @@ __device__ __forceinline__ void load_box(const CUtensorMap* map, FullBarrier& ba
   }
 }
 
-// What pages hold: blocks, or parts of one. Either is known where code is short for it.
-enum class Pages { kOfBlocks, kOfParts, kEither };
-
-// What the table has for a block of a sequence, or, where pages are small, for the `piece`-th page
-// of it; for `check_page`, since it has not arrived when this returns.
-template <Pages kPages>
+// What the table has for a block of a sequence, or, where pages are small, for a part of it; for
+// `check_page`, since it has not arrived when this returns.
+template <int kParts>
 __device__ __forceinline__ int load_page(const KernelParams& p, const Work& work, int seq,
-                                         int block, int piece = 0) {
-  int entry = block;
-  if constexpr (kPages != Pages::kOfParts) entry >>= p.page_shift;
-  if constexpr (kPages != Pages::kOfBlocks) entry = entry * p.pieces + piece;
+                                         int block, int part = 0) {
+  const int entry = kParts == 1 || p.parts == 1 ? block >> p.page_shift : block * p.parts + part;
   if (seq >= p.batch || entry >= p.max_blocks) return -1;
   return p.block_table[work.first_entry + static_cast<int64_t>(seq) * p.max_blocks + entry];
 }
@@ -41,39 +36,42 @@ __device__ __forceinline__ int check_page(const KernelParams& p, const Work& wor
   return page < 0 || page >= p.num_blocks ? -1 : work.group * p.num_blocks + page;
 }
 
-// Copies `kTiles` tiles of a block's keys, from `tile` on. `page` is what the table has for the
-// block: where pages are small, for the first page of it, and the others are looked up again for
-// every copy. They are then in the SM's cache.
-template <int kCtas, int kTiles, Pages kPages, typename Element>
+// The pages of a block: one, or up to `kParts` small ones.
+template <int kParts>
+struct BlockPages {
+  int of_part[kParts];
+
+  // `first`: what the table has for the first. The others are by then in the SM's cache.
+  __device__ BlockPages(const KernelParams& p, const Work& work, int seq, int block, int first) {
+#pragma unroll
+    for (int i = 1; i < kParts; ++i) {
+      if (i < p.parts) of_part[i] = check_page(p, work, load_page<kParts>(p, work, seq, block, i));
+    }
+    of_part[0] = check_page(p, work, first);
+  }
+};
+
+// Copies `kTiles` tiles of a block's keys, from `tile` on.
+template <int kCtas, int kTiles, int kParts, typename Element>
 __device__ __forceinline__ void load_key_tiles(const KernelParams& p, const TensorMaps& maps,
                                                const Work& work, FullBarrier& barrier,
-                                               Element (*target)[kTileElements], int tile, int seq,
-                                               int block, int page) {
+                                               Element (*target)[kTileElements], int tile,
+                                               int block, const BlockPages<kParts>& pages) {
   static_assert(kTiles == 1 || kTiles == kKeyBoxTiles);
-  const auto load_whole = [&] {
+  if (kParts == 1 || p.parts == 1) {
     const int row = (block & ((1 << p.page_shift) - 1)) * kBlock;
     load_box<kCtas>(kTiles == 1 ? &maps.key_tile : &maps.keys, barrier, target, tile, work.head,
-                    page, row);
-  };
-  const auto load_parts = [&] {
-#pragma unroll 1
-    for (int piece = 0; piece < p.pieces; ++piece) {
-      if (piece > 0) page = check_page(p, work, load_page<kPages>(p, work, seq, block, piece));
+                    pages.of_part[0], row);
+  } else if constexpr (kParts > 1) {
 #pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-        load_box<kCtas>(&maps.key_tile, barrier, target[i] + piece * p.page_tokens * 64, tile + i,
-                        work.head, page, 0);
+    for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        if (part >= p.parts) break;
+        load_box<kCtas>(&maps.key_tile, barrier, target[i] + part * p.page_tokens * 64, tile + i,
+                        work.head, pages.of_part[part], 0);
       }
     }
-  };
-  if constexpr (kPages == Pages::kOfBlocks) {
-    load_whole();
-  } else if constexpr (kPages == Pages::kOfParts) {
-    load_parts();
-  } else if (p.pieces == 1) {
-    load_whole();
-  } else {
-    load_parts();
   }
 }
 

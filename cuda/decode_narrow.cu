@@ -5,6 +5,7 @@
 #include <cutlass/numeric_types.h>
 
 #include "cuda/decode_copies.cuh"
+#include "cuda/decode_gather.cuh"
 #include "cuda/decode_narrow.h"
 #include "cuda/decode_narrow_attend.cuh"
 #include "cuda/launch.cuh"
@@ -12,98 +13,142 @@
 namespace jax_flashmla {
 namespace {
 
-inline constexpr int kNarrowThreads = kMathThreads + kWarpgroup;
-// Of the last warpgroup, two threads load.
+// Of the last warpgroup, two threads load, or all.
 inline constexpr int kKeyThread = kMathThreads;
 inline constexpr int kQueryThread = kMathThreads + 32;
 inline constexpr int kReady = 2;  // the named barrier for: memory is set up
 
-// The first queries are loaded even if they will see no key: their sequence's length has not come.
 template <typename Element>
+__device__ __forceinline__ void load_item_queries(const KernelParams& p, const TensorMaps& maps,
+                                                  NarrowMemory<Element>& smem, const Work& work,
+                                                  int seq) {
+  if (maps.q_box_tiles == kValueTiles) {  // all at once, with rows of neighbours
+    smem.q_full.arrive_and_expect_tx(sizeof(smem.q));
+    const int64_t first = query_index(p, work, seq, 0);
+    load_query_box(maps, smem.q_full, smem.q[0], 0, first);
+    load_query_box(maps, smem.q_full, smem.q[kRopeTile], kRopeTile, first);
+    return;
+  }
+  smem.q_full.arrive_and_expect_tx(kTiles * p.num_rows() * 128);
+#pragma unroll 1
+  for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll 1
+    for (int row = 0; row < p.num_rows(); row += maps.q_box_rows) {
+      load_query_box(maps, smem.q_full, smem.q[tile] + row * 64, tile,
+                     query_index(p, work, seq, row));
+    }
+  }
+}
+
+// The first queries are loaded even if they will see no key: their sequence's length has not come.
+template <bool kWindowed, typename Element>
 __device__ __forceinline__ void load_queries(const KernelParams& p, const TensorMaps& maps,
                                              NarrowMemory<Element>& smem, const Work& work) {
   uint32_t parity = 0;
 #pragma unroll 1
   for (int seq = work.begin_seq; has_item(work, seq); ++seq) {
     if (seq > work.begin_seq) {
-      if (find_item(p, work, seq).blocks() == 0) continue;
+      if (find_item<kWindowed>(p, work, seq).blocks() == 0) continue;
       smem.q_empty.wait(parity);
       parity ^= 1;
     }
-    if (maps.q_box_tiles == kValueTiles) {  // all at once, with rows of neighbours
-      smem.q_full.arrive_and_expect_tx(sizeof(smem.q));
-      const int64_t first = query_index(p, work, seq, 0);
-      load_query_box(maps, smem.q_full, smem.q[0], 0, first);
-      load_query_box(maps, smem.q_full, smem.q[kRopeTile], kRopeTile, first);
-      continue;
-    }
-    smem.q_full.arrive_and_expect_tx(kTiles * p.num_rows() * 128);
-#pragma unroll 1
-    for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll 1
-      for (int row = 0; row < p.num_rows(); row += maps.q_box_rows) {
-        load_query_box(maps, smem.q_full, smem.q[tile] + row * 64, tile,
-                       query_index(p, work, seq, row));
-      }
-    }
+    load_item_queries(p, maps, smem, work, seq);
   }
 }
 
 // In the order of their use. Each page is looked up before it is needed: the first before its
 // sequence's length has come, unless a window begins where only that tells.
-template <Pages kPages, typename Element>
+template <bool kWindowed, typename Element>
 __device__ __forceinline__ void load_keys(const KernelParams& p, const TensorMaps& maps,
                                           NarrowMemory<Element>& smem, const Work& work) {
   Ring<kChunkSlots> chunk;
   Ring<kRopeSlots> rope;
-  int next = load_page<kPages>(p, work, work.begin_seq, work.begin_block);
+  int next = load_page<1>(p, work, work.begin_seq, work.begin_block);
 #pragma unroll 1
   for (int seq = work.begin_seq; has_item(work, seq); ++seq) {
-    const Item item = find_item(p, work, seq);
-    if (p.sliding_window > 0) next = load_page<kPages>(p, work, seq, item.first);
+    const Item item = find_item<kWindowed>(p, work, seq);
+    if constexpr (kWindowed) next = load_page<1>(p, work, seq, item.first);
 #pragma unroll 1
     for (int block = item.first; block < item.last; ++block) {
       const bool last = block + 1 == item.last;
-      const int page = check_page(p, work, next);
-      next = load_page<kPages>(p, work, last ? seq + 1 : seq, last ? 0 : block + 1);
+      const BlockPages<1> pages(p, work, seq, block, next);
+      next = load_page<1>(p, work, last ? seq + 1 : seq, last ? 0 : block + 1);
       smem.rope_empty[rope.slot].wait(rope.parity ^ 1);
       smem.rope_full[rope.slot].arrive_and_expect_tx(kTileBytes);
-      load_key_tiles<1, 1, kPages>(p, maps, work, smem.rope_full[rope.slot], &smem.rope[rope.slot],
-                                   kRopeTile, seq, block, page);
+      load_key_tiles<1, 1>(p, maps, work, smem.rope_full[rope.slot], &smem.rope[rope.slot],
+                           kRopeTile, block, pages);
       rope.advance();
 #pragma unroll 1
       for (int i = 0; i < kChunks; ++i, chunk.advance()) {
         smem.chunk_empty[chunk.slot].wait(chunk.parity ^ 1);
         smem.chunk_full[chunk.slot].arrive_and_expect_tx(kKeyBoxTiles * kTileBytes);
-        load_key_tiles<1, kKeyBoxTiles, kPages>(p, maps, work, smem.chunk_full[chunk.slot],
-                                                smem.chunks[chunk.slot], i * kKeyBoxTiles, seq,
-                                                block, page);
+        load_key_tiles<1, kKeyBoxTiles>(p, maps, work, smem.chunk_full[chunk.slot],
+                                        smem.chunks[chunk.slot], i * kKeyBoxTiles, block, pages);
       }
     }
-    if (item.blocks() == 0) next = load_page<kPages>(p, work, seq + 1, 0);
+    if (item.blocks() == 0) next = load_page<1>(p, work, seq + 1, 0);
   }
 }
 
+// The same row by row, by all four warps; one of their threads copies the queries, too.
 template <typename Element>
+__device__ __forceinline__ void gather(const KernelParams& p, const TensorMaps& maps,
+                                       NarrowMemory<Element>& smem) {
+  const Work& work = smem.work;  // registers are scarce
+  Ring<kChunkSlots> chunk;
+  Ring<kRopeSlots> rope;
+  uint32_t q_parity = 1;
+#pragma unroll 1
+  for (int seq = work.begin_seq; has_item(work, seq); ++seq) {
+    const Item item = find_item<true>(p, work, seq);
+    int next = load_row_page(p, work, item, item.first);
+    if (item.blocks() > 0 || seq == work.begin_seq) {
+      if (threadIdx.x == kQueryThread) {
+        smem.q_empty.wait(q_parity);
+        load_item_queries(p, maps, smem, work, seq);
+      }
+      q_parity ^= 1;
+    }
+#pragma unroll 1
+    for (int block = item.first; block < item.last; ++block) {
+      find_rows(p, work, block, next, smem.rows);
+      next = load_row_page(p, work, item, block + 1);
+      smem.rope_empty[rope.slot].wait(rope.parity ^ 1);
+      gather_tiles(p, work, smem.rows, smem.rope[rope.slot], 1, kRopeTile * 128);
+      arrive_after_copies(smem.rope_full[rope.slot]);
+      rope.advance();
+#pragma unroll 1
+      for (int i = 0; i < kChunks; ++i, chunk.advance()) {
+        smem.chunk_empty[chunk.slot].wait(chunk.parity ^ 1);
+        gather_tiles(p, work, smem.rows, smem.chunks[chunk.slot], kKeyBoxTiles,
+                     i * kKeyBoxTiles * 128);
+        arrive_after_copies(smem.chunk_full[chunk.slot]);
+      }
+    }
+  }
+}
+
+// `kWindowed`: with a sliding window or a cap. Without, code is shorter, which shows in small work.
+template <Source kSource, bool kWindowed, typename Element>
 __global__ void __launch_bounds__(kNarrowThreads, 1)
     narrow_kernel(const __grid_constant__ KernelParams p, const __grid_constant__ TensorMaps maps) {
   extern __shared__ __align__(1024) char raw[];
   auto& smem = *reinterpret_cast<NarrowMemory<Element>*>(raw);
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   if (warp < kMathWarps) {
-    cutlass::arch::warpgroup_reg_alloc<232>();
+    cutlass::arch::warpgroup_reg_alloc<kMathRegisters>();
     wait_for_kernel_before();
     const Work work = check_plan(p, find_work(p));
     if (threadIdx.x == 0) smem.work = work;
     cutlass::arch::NamedBarrier::sync(kNarrowThreads, kReady);
-    if (has_item(work, work.begin_seq)) attend(p, smem, warp, threadIdx.x % 32);
+    if (has_item(work, work.begin_seq)) attend<kWindowed>(p, smem, warp, threadIdx.x % 32);
   } else {
-    cutlass::arch::warpgroup_reg_dealloc<40>();
+    cutlass::arch::warpgroup_reg_dealloc<kLoaderRegisters>();
     // A thread that loads sets up the barriers itself that it needs, and waits for nobody.
     if (threadIdx.x == kKeyThread) {
-      for (FullBarrier& barrier : smem.chunk_full) barrier.init(1);
+      for (FullBarrier& barrier : smem.chunk_full) barrier.init(kFullArrivals<kSource>);
       for (EmptyBarrier& barrier : smem.chunk_empty) barrier.init(kKeyBoxTiles);
-      for (FullBarrier& barrier : smem.rope_full) barrier.init(1);
+      for (FullBarrier& barrier : smem.rope_full) barrier.init(kFullArrivals<kSource>);
       for (EmptyBarrier& barrier : smem.rope_empty) barrier.init(1);
       cutlass::arch::fence_barrier_init();
     } else if (threadIdx.x == kQueryThread) {
@@ -115,36 +160,42 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
     }
     __syncwarp();
     wait_for_kernel_before();
-    const Work found = find_work(p, zero_of_lane());
-    cutlass::arch::NamedBarrier::arrive(kNarrowThreads, kReady);
-    const Work work = check_plan(p, found);
-    if (threadIdx.x == kKeyThread) {
-      // Two copies of the code: what is not run between two instructions still costs time to fetch.
-      if (p.pieces == 1) {
-        load_keys<Pages::kOfBlocks>(p, maps, smem, work);
-      } else {
-        load_keys<Pages::kOfParts>(p, maps, smem, work);
-      }
+    if constexpr (kSource == Source::kRows) {
+      cutlass::arch::NamedBarrier::sync(kNarrowThreads, kReady);
+      gather(p, maps, smem);
+    } else {
+      const Work found = find_work(p, zero_of_lane());
+      cutlass::arch::NamedBarrier::arrive(kNarrowThreads, kReady);
+      const Work work = check_plan(p, found);
+      if (threadIdx.x == kKeyThread) load_keys<kWindowed>(p, maps, smem, work);
+      if (threadIdx.x == kQueryThread) load_queries<kWindowed>(p, maps, smem, work);
     }
-    if (threadIdx.x == kQueryThread) load_queries(p, maps, smem, work);
   }
   __syncthreads();  // barriers of part of the CTA want all of it to be there
 }
 
-template <typename Element>
+template <Source kSource, bool kWindowed, typename Element>
 cudaError_t launch(const DecodeParams& p, const TensorMaps& maps, cudaStream_t stream) {
   const LaunchShape shape = {.ctas = int64_t{p.groups} * p.num_parts * p.h_kv,
                              .threads = kNarrowThreads,
                              .shared_bytes = sizeof(NarrowMemory<Element>)};
-  return launch_dependent<narrow_kernel<Element>>(shape, stream, p, maps);
+  return launch_dependent<narrow_kernel<kSource, kWindowed, Element>>(shape, stream, p, maps);
+}
+
+template <typename Element>
+cudaError_t launch_for_keys(const DecodeParams& p, const TensorMaps& maps, cudaStream_t stream) {
+  if (comes_by_rows(p)) return launch<Source::kRows, true, Element>(p, maps, stream);
+  const bool windowed = p.sliding_window > 0 || p.logits_soft_cap > 0;
+  return windowed ? launch<Source::kPages, true, Element>(p, maps, stream)
+                  : launch<Source::kPages, false, Element>(p, maps, stream);
 }
 
 }  // namespace
 
 cudaError_t launch_narrow_split(const DecodeParams& p, const TensorMaps& maps,
                                 cudaStream_t stream) {
-  return p.dtype == DType::kBFloat16 ? launch<cutlass::bfloat16_t>(p, maps, stream)
-                                     : launch<cutlass::half_t>(p, maps, stream);
+  return p.dtype == DType::kBFloat16 ? launch_for_keys<cutlass::bfloat16_t>(p, maps, stream)
+                                     : launch_for_keys<cutlass::half_t>(p, maps, stream);
 }
 
 }  // namespace jax_flashmla

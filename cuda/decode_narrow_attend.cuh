@@ -7,11 +7,6 @@
 
 namespace jax_flashmla {
 
-// All queries, as the operand A of 36 steps: what a warp keeps in its registers.
-struct Queries {
-  uint32_t a[kTiles * 4][4];
-};
-
 // The scores of all rows with the warp's eight keys, column after column as they land. An item's
 // first block, with `kRead`, also brings the queries, each tile when it is needed.
 template <bool kRead, typename Element>
@@ -86,24 +81,15 @@ __device__ __forceinline__ void multiply_values(Element (&values)[kTileElements]
   }
 }
 
-// Multiplies a thread's two rows.
-__device__ __forceinline__ void scale_rows(float4 (&out)[8], const float (&factor)[2]) {
-#pragma unroll
-  for (float4& x : out) {
-    x = {x.x * factor[0], x.y * factor[0], x.z * factor[1], x.w * factor[1]};
-  }
-}
-
-template <typename Element>
+template <bool kWindowed, typename Element>
 __device__ __forceinline__ void attend(const KernelParams& p, NarrowMemory<Element>& smem, int warp,
                                        int lane) {
   const auto larger = [](float x, float y) { return fmaxf(x, y); };
   const auto add = [](float x, float y) { return x + y; };
   const Work& work = smem.work;
   const Quad quad(lane);
-  int hidden[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) hidden[i] = hidden_keys(p, p.by_heads_per_kv.div(quad.row + 8 * i));
+  const auto find_hidden = [&](int row) { return hidden_keys(p, p.by_heads_per_kv.div(row)); };
+  const int hidden[2] = {find_hidden(quad.row), find_hidden(quad.row + 8)};
   Ring<kChunkSlots> chunk;
   Ring<kRopeSlots> rope;
   uint32_t q_parity = 0;
@@ -116,7 +102,7 @@ __device__ __forceinline__ void attend(const KernelParams& p, NarrowMemory<Eleme
   };
 #pragma unroll 1
   for (int seq = work.begin_seq; has_item(work, seq); ++seq) {
-    const Item item = find_item(p, work, seq);
+    const Item item = find_item<kWindowed>(p, work, seq);
     float4* const partial = partial_target(p, work, item, 0, warp * 8, lane);
     float* lse[2] = {};  // found while the keys are on their way
 #pragma unroll
@@ -144,10 +130,10 @@ __device__ __forceinline__ void attend(const KernelParams& p, NarrowMemory<Eleme
       } else {
         raw = compute_scores<false>(smem, chunk, rope, warp, lane, q);
       }
-      if (__builtin_expect(p.cap_scale != 0, 0))
+      if (kWindowed && p.cap_scale != 0)
         raw = {capped(p, raw.x), capped(p, raw.y), capped(p, raw.z), capped(p, raw.w)};
       float scores[2][2] = {{raw.x, raw.y}, {raw.z, raw.w}};
-      const BlockView view(p, item, block);
+      const BlockView<kWindowed> view(p, item, block);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
 #pragma unroll

@@ -11,6 +11,11 @@ namespace jax_flashmla {
 
 inline constexpr int kMathWarps = kValueTiles;  // each has a tile of the value columns
 inline constexpr int kMathThreads = kMathWarps * 32;
+inline constexpr int kNarrowThreads = kMathThreads + kWarpgroup;
+// A warp that wants more registers than the CTA was launched with waits forever.
+inline constexpr int kMathRegisters = 232, kLoaderRegisters = 40;
+inline constexpr int kLaunchRegisters = 65536 / kNarrowThreads / 8 * 8;
+static_assert(2 * kMathRegisters + kLoaderRegisters <= 3 * kLaunchRegisters);
 inline constexpr int kWarpKeys = kBlock / kMathWarps;  // whose scores a warp computes
 static_assert(kWarpKeys == 8, "the columns of a product");
 inline constexpr int kChunks = kValueTiles / kKeyBoxTiles;  // copies of a block's latent columns
@@ -24,6 +29,7 @@ struct NarrowMemory {
   alignas(1024) Element weights[kNarrowRows * 64];  // [query row, key]
   float maxima[kNarrowRows][kMathWarps];            // over the keys of each warp
   float sums[kNarrowRows][kMathWarps * 4 + 4];      // of each quad's four threads; 4: for banks
+  GatherRows rows;
   Work work;  // for the warps that multiply, whose registers are full
   FullBarrier chunk_full[kChunkSlots];
   EmptyBarrier chunk_empty[kChunkSlots];
@@ -75,6 +81,19 @@ struct Quad {
   int column;  // and column + 1
   __device__ explicit Quad(int lane) : row(lane / 4), column(lane % 4 * 2) {}
 };
+
+// All queries, as the operand A of 36 steps: what a warp keeps in its registers.
+struct Queries {
+  uint32_t a[kTiles * 4][4];
+};
+
+// Multiplies a thread's two rows.
+__device__ __forceinline__ void scale_rows(float4 (&out)[8], const float (&factor)[2]) {
+#pragma unroll
+  for (float4& x : out) {
+    x = {x.x * factor[0], x.y * factor[0], x.z * factor[1], x.w * factor[1]};
+  }
+}
 
 __device__ __forceinline__ void sync_math() { cutlass::arch::NamedBarrier::sync(kMathThreads, 1); }
 

@@ -1,7 +1,7 @@
 // The scores warpgroup of the wide split kernel: S = Q K^T, and from it the weights P.
 #pragma once
 
-#include "cuda/decode_shared.cuh"
+#include "cuda/decode_gather.cuh"
 #include "cuda/decode_softmax.cuh"
 
 namespace jax_flashmla {
@@ -51,7 +51,7 @@ __device__ __forceinline__ auto read_queries(Element (&tiles)[kHalfTiles][kTileE
 
 // Issues S = Q K^T for the left half of the columns, part by part as they land: queries from
 // registers.
-template <typename Element, typename Queries, typename Scores>
+template <Source kSource, typename Element, typename Queries, typename Scores>
 __device__ __forceinline__ void issue_left(SharedMemory<Element>& smem, const Queries& q_left,
                                            Ring<kHalfSlots>& half, int thread, Scores& scores) {
   RegisterScoresMma<Element> mma;
@@ -60,7 +60,8 @@ __device__ __forceinline__ void issue_left(SharedMemory<Element>& smem, const Qu
   mma.accumulate_ = GMMA::ScaleOut::Zero;
 #pragma unroll
   for (int tile = 0; tile < kHalfTiles; ++tile) {
-    if (tile % kPartTiles == 0) smem.half_full[half.slot][tile / kPartTiles].wait(half.parity);
+    if (tile % kPartTiles == 0)
+      wait_for_keys<kSource>(smem.half_full[half.slot][tile / kPartTiles], half.parity);
     warpgroup_arrive();
     Element* const keys = smem.halves[half.slot][tile];
     Tensor b = slice.partition_fragment_B(make_tensor(make_smem_ptr(keys), TileLayout<Element>{}));
@@ -74,7 +75,7 @@ __device__ __forceinline__ void issue_left(SharedMemory<Element>& smem, const Qu
 }
 
 // Adds the rotary tile, which lands before it, and the right half: queries from shared memory.
-template <typename Element, typename Scores>
+template <Source kSource, typename Element, typename Scores>
 __device__ __forceinline__ void issue_right(SharedMemory<Element>& smem, Ring<kHalfSlots>& half,
                                             const Ring<kRopeSlots>& rope, int thread,
                                             Scores& scores) {
@@ -88,11 +89,12 @@ __device__ __forceinline__ void issue_right(SharedMemory<Element>& smem, Ring<kH
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) cute::gemm(mma, a(_, _, step), b(_, _, step), scores);
   };
-  smem.rope_full[rope.slot].wait(rope.parity);
+  wait_for_keys<kSource>(smem.rope_full[rope.slot], rope.parity);
   issue(smem.q[kHalfTiles], smem.rope[rope.slot]);
 #pragma unroll
   for (int tile = 0; tile < kHalfTiles; ++tile) {
-    if (tile % kPartTiles == 0) smem.half_full[half.slot][tile / kPartTiles].wait(half.parity);
+    if (tile % kPartTiles == 0)
+      wait_for_keys<kSource>(smem.half_full[half.slot][tile / kPartTiles], half.parity);
     issue(smem.q[tile], smem.halves[half.slot][tile]);
   }
   half.advance();
@@ -102,7 +104,7 @@ __device__ __forceinline__ void issue_right(SharedMemory<Element>& smem, Ring<kH
 // Scales the scores to base 2 and masks those that a row may not see.
 template <typename Scores>
 __device__ __forceinline__ void scale_and_mask(const KernelParams& p, const Work& work,
-                                               const BlockView& view, const Rows& rows,
+                                               const BlockView<true>& view, const Rows& rows,
                                                Scores& scores) {
   if (p.cap_scale != 0) {
 #pragma unroll
@@ -206,7 +208,7 @@ __device__ __forceinline__ void write_lse(const KernelParams& p, const Work& wor
     *lse_target(p, work, item, row) = stored_lse(item, lse);
 }
 
-template <int kCtas, typename Element>
+template <int kCtas, Source kSource, typename Element>
 __device__ __forceinline__ void run_scores(const KernelParams& p, SharedMemory<Element>& smem,
                                            int thread) {
   const Work& work = smem.work;
@@ -218,7 +220,7 @@ __device__ __forceinline__ void run_scores(const KernelParams& p, SharedMemory<E
   uint32_t q_parity = 0;
 #pragma unroll 1
   for (int seq = work.begin_seq; has_item(work, seq); ++seq) {
-    const Item item = find_item(p, work, seq);
+    const Item item = find_item<true>(p, work, seq);
     Statistics stats;
     float total[2] = {0, 0};
     if (item.blocks() > 0) {
@@ -238,8 +240,8 @@ __device__ __forceinline__ void run_scores(const KernelParams& p, SharedMemory<E
       smem.q_full.wait(q_parity);
       q_parity ^= 1;
       Tensor scores = partition_fragment_C(SharedScoresMma<Element>{}, Shape<_64, _64>{});
-      issue_left(smem, q_left, half, thread, scores);
-      issue_right(smem, half, rope, thread, scores);
+      issue_left<kSource>(smem, q_left, half, thread, scores);
+      issue_right<kSource>(smem, half, rope, thread, scores);
 #pragma unroll 1
       for (int block = item.first;; ++block) {
         warpgroup_wait<0>();
@@ -247,7 +249,7 @@ __device__ __forceinline__ void run_scores(const KernelParams& p, SharedMemory<E
         const bool last = block + 1 == item.last;
         if (last) release<1>(smem.q_empty, lane);
 
-        const BlockView view(p, item, block);
+        const BlockView<true> view(p, item, block);
         scale_and_mask(p, work, view, rows, scores);
         float factor[2];
         softmax(scores, stats, factor);
@@ -278,9 +280,9 @@ __device__ __forceinline__ void run_scores(const KernelParams& p, SharedMemory<E
         }
         // Most values are multiplied during the next softmax. The first of them go earlier, which
         // makes room for keys.
-        issue_left(smem, q_left, half, thread, scores);
+        issue_left<kSource>(smem, q_left, half, thread, scores);
         weights.first.arrive();
-        issue_right(smem, half, rope, thread, scores);
+        issue_right<kSource>(smem, half, rope, thread, scores);
         weights.rest.arrive();
       }
     }

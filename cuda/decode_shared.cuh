@@ -19,6 +19,7 @@ inline constexpr int kTiles = kHeadDim / 64;         // 64 x 64 tiles of a block
 inline constexpr int kValueTiles = kLatentDim / 64;  // of them also values
 inline constexpr int kHalfTiles = kValueTiles / 2;   // of a half of the latent columns
 inline constexpr int kRopeTile = kTiles - 1;
+inline constexpr int kMaxParts = kBlock / kLeastCopiedPage;  // pages of a block
 inline constexpr int kTileElements = 64 * 64;
 inline constexpr int kTileBytes = kTileElements * 2;
 
@@ -66,6 +67,16 @@ struct Work {
   int begin_seq, begin_block, end_seq, end_block, begin_split;
 };
 
+// Where the rows of a block are, for the warps that copy keys row by row (decode_gather.cuh).
+inline constexpr int kGatherWarps = 4;
+inline constexpr int kGatherThreads = kGatherWarps * 32;
+// Rows of a block that a lane copies 16 bytes a tile of: with seven other lanes, one row in
+// sixteen.
+inline constexpr int kLaneRows = kBlock / 16;
+static_assert(kGatherThreads == 128, "sixteen rows at once");
+// In shared memory, since registers are scarce: [warp][place among the warp's four rows][row].
+using GatherRows = int4[kGatherWarps][4];
+
 template <typename Element>
 struct SharedMemory {
   alignas(1024) Element q[kTiles - kHalfTiles][kTileElements];  // right half and rotary tile
@@ -74,6 +85,7 @@ struct SharedMemory {
   alignas(1024) Element rope[kRopeSlots][kTileElements];
   float factor[kRopeSlots][kRowTile];   // by which the block's new maximum rescales the output
   float inverse[kRopeSlots][kRowTile];  // of the sums, with an item's last block
+  GatherRows rows;
   Work work;
   FullBarrier half_full[kHalfSlots][kParts];  // a part has landed
   FullBarrier rope_full[kRopeSlots];
@@ -182,12 +194,14 @@ __device__ __forceinline__ int hidden_keys(const KernelParams& p, int token) {
   return max(p.most_hidden - token, 0);
 }
 
+// `kWindowed`: there may be a sliding window.
+template <bool kWindowed>
 __device__ __forceinline__ Item find_item(const KernelParams& p, const Work& work, int seq) {
   Item item;
   item.seq = seq;
-  item.length = min(max(p.cache_seqlens[work.first_seq + seq], 0), p.max_blocks * p.page_tokens);
+  item.length = min(max(p.cache_seqlens[work.first_seq + seq], 0), p.max_tokens);
   // The plan counts from the first block that any query sees.
-  const int base = max(item.length - p.most_hidden - p.window, 0) / kBlock;
+  const int base = kWindowed ? max(item.length - p.most_hidden - p.window, 0) / kBlock : 0;
   const int blocks = (item.length + kBlock - 1) / kBlock - base;
   item.first = seq == work.begin_seq ? min(work.begin_block, blocks) : 0;
   item.last = seq == work.end_seq ? min(work.end_block, blocks) : blocks;

@@ -23,7 +23,9 @@ __device__ __forceinline__ float capped(const KernelParams& p, float product) {
   return 1 - __fdividef(2.0f, 1 + exp2_approx(product * p.cap_scale));
 }
 
-// What a block has that not all rows see, with keys counted from the block's first.
+// What a block has that not all rows see, with keys counted from the block's first. `kWindowed`:
+// there may be a sliding window.
+template <bool kWindowed>
 struct BlockView {
   int left;    // keys from here to the sequence's end
   bool whole;  // all rows see all of it
@@ -31,11 +33,12 @@ struct BlockView {
 
   __device__ BlockView(const KernelParams& p, const Item& item, int block)
       : left(item.length - block * kBlock),
-        whole(left - p.most_hidden >= kBlock && left <= p.window),
-        unseen(left - p.most_hidden - p.window) {}
+        whole(left - p.most_hidden >= kBlock && (!kWindowed || left <= p.window)),
+        unseen(kWindowed ? left - p.most_hidden - p.window : 0) {}
 
   // Whether a row sees a key: one comparison, since several cost time where every block has some.
   __device__ bool seen(const KernelParams& p, int key, int hidden) const {
+    if constexpr (!kWindowed) return key < left - hidden;
     const int from = left - hidden - p.window;
     return static_cast<unsigned>(key - from) < static_cast<unsigned>(p.window);
   }

@@ -3,6 +3,7 @@
 #include <cutlass/arch/reg_reconfig.h>
 #include <cutlass/numeric_types.h>
 
+#include "cuda/decode_fp8.h"
 #include "cuda/decode_load.cuh"
 #include "cuda/decode_narrow.h"
 #include "cuda/decode_scores.cuh"
@@ -16,16 +17,16 @@ namespace {
 inline constexpr int kSetUp = 1;
 inline constexpr int kBarriersSetUp = 2;
 
-template <int kCtas, typename Element>
+template <int kCtas, Source kSource, typename Element>
 __device__ __forceinline__ void init_barriers(SharedMemory<Element>& smem) {
   for (int slot = 0; slot < kHalfSlots; ++slot) {
     for (int part = 0; part < kParts; ++part) {
-      smem.half_full[slot][part].init(1);
+      smem.half_full[slot][part].init(kFullArrivals<kSource>);
       smem.half_empty[slot][part].init(kWarps * kCtas);
     }
   }
   for (int slot = 0; slot < kRopeSlots; ++slot) {
-    smem.rope_full[slot].init(1);
+    smem.rope_full[slot].init(kFullArrivals<kSource>);
     smem.rope_empty[slot].init(2 * kWarps * kCtas);
     smem.weights[slot].first.init(kWarpgroup);
     smem.weights[slot].rest.init(kWarpgroup);
@@ -59,7 +60,7 @@ __device__ __forceinline__ void meet_loader() {
 }
 
 // A cluster of `kCtas` CTAs works on as many row tiles of the same sequence.
-template <int kCtas, typename Element>
+template <int kCtas, Source kSource, typename Element>
 __global__ void __launch_bounds__(kThreads, 1)
     split_kernel(const __grid_constant__ KernelParams p, const __grid_constant__ TensorMaps maps) {
   extern __shared__ __align__(1024) char raw[];
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int thread = threadIdx.x % kWarpgroup;
   if (role == kLoader) {
     cutlass::arch::warpgroup_reg_dealloc<40>();
-    if (thread == 0) init_barriers<kCtas>(smem);
+    if (thread == 0) init_barriers<kCtas, kSource>(smem);
     if (thread == 96) prefetch_maps(maps);
     __syncwarp();
     wait_for_kernel_before();
@@ -78,10 +79,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (thread == 0) {
       smem.work = work;
       smem.work_known.arrive();
-      load_keys<kCtas>(p, maps, smem, work);
     }
-    if (thread == 32) load_queries(p, maps, smem, work, kLeft);
-    if (thread == 64) load_queries(p, maps, smem, work, kRight);
+    if constexpr (kSource == Source::kRows) {
+      __syncwarp();
+      smem.work_known.wait(0);
+      gather(p, maps, smem);
+    } else {
+      if (thread == 0) load_keys<kCtas>(p, maps, smem, work);
+      if (thread == 32) load_queries(p, maps, smem, work, kLeft);
+      if (thread == 64) load_queries(p, maps, smem, work, kRight);
+    }
   } else {
     clear_missing_rows(p, smem.q, threadIdx.x);
     meet_loader<kCtas>();
@@ -89,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     smem.work_known.wait(0);
     if (role == kScores) {
       cutlass::arch::warpgroup_reg_alloc<152>();
-      run_scores<kCtas>(p, smem, thread);
+      run_scores<kCtas, kSource>(p, smem, thread);
     } else {
       cutlass::arch::warpgroup_reg_alloc<160>();
       run_values<kCtas>(p, smem, role, thread);
@@ -103,24 +110,26 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-template <int kCtas, typename Element>
+template <int kCtas, Source kSource, typename Element>
 cudaError_t launch(const DecodeParams& p, const TensorMaps& maps, cudaStream_t stream) {
   const LaunchShape shape = {.ctas = int64_t{p.groups} * p.num_parts * p.h_kv * p.row_tiles(),
                              .threads = kThreads,
                              .shared_bytes = sizeof(SharedMemory<Element>),
                              .cluster = kCtas};
-  return launch_dependent<split_kernel<kCtas, Element>>(shape, stream, p, maps);
+  return launch_dependent<split_kernel<kCtas, kSource, Element>>(shape, stream, p, maps);
 }
 
 template <typename Element>
 cudaError_t launch_for_tiles(const DecodeParams& p, const TensorMaps& maps, cudaStream_t stream) {
-  return p.row_tiles() % 2 == 0 ? launch<2, Element>(p, maps, stream)
-                                : launch<1, Element>(p, maps, stream);
+  if (comes_by_rows(p)) return launch<1, Source::kRows, Element>(p, maps, stream);
+  return p.row_tiles() % 2 == 0 ? launch<2, Source::kPages, Element>(p, maps, stream)
+                                : launch<1, Source::kPages, Element>(p, maps, stream);
 }
 
 }  // namespace
 
 cudaError_t launch_split(const DecodeParams& p, cudaStream_t stream) {
+  if (p.is_fp8()) return launch_fp8_split(p, stream);
   TensorMaps maps;
   const cudaError_t error = make_tensor_maps(p, &maps);
   if (error != cudaSuccess) return error;

@@ -48,7 +48,7 @@ __device__ __forceinline__ void run_values(const KernelParams& p, SharedMemory<E
   Tensor out = partition_fragment_C(ValuesMma<Element>{}, Shape<_64, Int<kHalfTiles * 64>>{});
 #pragma unroll 1
   for (int seq = work.begin_seq; has_item(work, seq); ++seq) {
-    const Item item = find_item(p, work, seq);
+    const Item item = find_item<true>(p, work, seq);
     clear(out);
     float inverse[2] = {0, 0};
     if (item.blocks() > 0) half.advance();  // the queries

@@ -3,6 +3,7 @@
 
 #include <cutlass/fast_math.h>
 
+#include <algorithm>
 #include <bit>
 
 #include "cuda/decode.h"
@@ -18,8 +19,11 @@ struct KernelParams : DecodeParams {
   cutlass::FastDivmod by_h_kv;
   cutlass::FastDivmod by_num_parts;
   cutlass::FastDivmod by_batch;
-  int page_shift;   // a page has two to so many blocks, or
-  int pieces;       // a block has so many pages, small ones
+  int page_shift;   // a page has two to so many blocks; where keys come row by row, tokens
+  int parts;        // of a block, each in a page of its own
+  int max_tokens;   // that the table can hold of a sequence
+  int head_bytes;   // from a KV head's row of a token to the next one's
+  int row_bytes;    // from a token's row to the next one's
   int most_hidden;  // keys at the end that the first query token does not see
   int window;       // the sliding window, or more keys than there are
   // What products of queries and keys are multiplied with, for scores of base 2; with a cap, first
@@ -36,8 +40,12 @@ struct KernelParams : DecodeParams {
         by_h_kv(p.h_kv),
         by_num_parts(p.num_parts),
         by_batch(p.batch),
-        page_shift(std::countr_zero(static_cast<unsigned>(p.blocks_of_page()))),
-        pieces(p.pages_of_block()),
+        page_shift(std::countr_zero(static_cast<unsigned>(
+            comes_by_rows(p) ? p.page_tokens : std::max(p.page_tokens / kBlockTokens, 1)))),
+        parts(has_block_pages(p) ? 1 : kBlockTokens / p.page_tokens),
+        max_tokens(p.max_blocks * p.page_tokens),
+        head_bytes(p.key_stride * (p.is_fp8() ? 1 : 2)),
+        row_bytes(p.h_kv * head_bytes),
         most_hidden(p.causal ? p.s_q - 1 : 0),
         window(p.sliding_window > 0 ? p.sliding_window : 1 << 30),
         score_scale((p.logits_soft_cap > 0 ? p.logits_soft_cap : p.softmax_scale) * kLog2E),

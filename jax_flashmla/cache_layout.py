@@ -7,16 +7,16 @@ is gained by knowing more. Rows may be wider than what their format uses (576 co
 `jax_flashmla.cache_formats`): what follows is padding, never read and never written.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jax_flashmla import arguments
-from jax_flashmla.cache_formats import BFLOAT16, FLOAT16, CacheFormat, described, format_of
+from jax_flashmla.cache_formats import CacheFormat, described, format_of
 
-KERNEL_FORMATS = (BFLOAT16, FLOAT16)  # those that the decode kernel reads
-KERNEL_PAGE_SIZES = (16, 32, 64, 128, 256, 512, 1024)
-PAGE_SIZES = (1, *KERNEL_PAGE_SIZES)
+PAGE_SIZES = (1, 16, 32, 64, 128, 256, 512, 1024)  # the kernel: any power of two up to the last
 
 
 def check_cache(k_cache: jax.Array, groups, paged: bool, batch="b", given: str = "") -> None:
@@ -67,26 +67,9 @@ def check_page_size(name: str, page) -> None:
         raise ValueError(f"{name}: expected pages of {_listed(PAGE_SIZES)} tokens, got {page}")
 
 
-def why_no_kernel(k_cache: jax.Array, paged: bool) -> str | None:
-    """Why the decode kernel cannot read this cache; `None` if it can."""
-    kind = format_of(k_cache)
-    if kind not in KERNEL_FORMATS:
-        return f"the kernel does not read {kind} caches yet"
-    tokens = k_cache.shape[-3]
-    if kernel_page_size(tokens):
-        return None
-    if paged:
-        sizes = _listed(KERNEL_PAGE_SIZES)
-        return f"the kernel takes pages of {sizes} tokens, and k_cache has {tokens}"
-    return (
-        f"the kernel takes an unpaged cache whose max_len is a multiple of {KERNEL_PAGE_SIZES[0]}, "
-        f"and k_cache has {tokens}"
-    )
-
-
-def kernel_page_size(tokens) -> int | None:
-    """The largest pages that the kernel takes and that so many tokens can be cut into, if any."""
-    return max((page for page in KERNEL_PAGE_SIZES if tokens % page == 0), default=None)
+def kernel_page_size(tokens: int) -> int:
+    """The largest pages that the kernel takes and that so many tokens can be cut into."""
+    return math.gcd(tokens, PAGE_SIZES[-1])
 
 
 def table_of_sequences(k_cache: jax.Array) -> jax.Array:

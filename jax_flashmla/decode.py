@@ -48,10 +48,10 @@ def flash_mla_with_kvcache(
         `[*G, total, h_q, 576]`, or such a pair.
       k_cache: dtype of `q`, or an FP8 cache (`jax_flashmla.cache_formats`): float8_e4m3fn, with a
         `k_scale`, or uint8. Paged: `[*G, num_blocks, page_block_size, h_kv, width]`, with pages of
-        1, 16, 32, 64, 128, 256, 512 or 1024 tokens (the kernel: 16 and more). Unpaged:
-        `[*G, b, max_len, h_kv, width]`, any `max_len` (the kernel: multiples of 16). `width` is 576
-        (uint8: 656) or more, a multiple of 8 (FP8: of 16): columns past these are never read. A
-        cache whose pages are packed, `[num_blocks, page_block_size / 2, 2, width]`, is given as
+        1, 16, 32, 64, 128, 256, 512 or 1024 tokens. Unpaged: `[*G, b, max_len, h_kv, width]`, any
+        `max_len`. `width` is 576 (uint8: 656) or more, a multiple of 8 (FP8: of 16): columns past
+        these are never read. A cache whose pages are packed,
+        `[num_blocks, page_block_size / 2, 2, width]`, is given as
         `k_cache.reshape(num_blocks, page_block_size, 1, width)`, which costs nothing.
       block_table: `[*G, b, max_blocks]` int32, the page ids of each sequence, in order. An id
         outside the pool reads as zeros. `None`: the cache is unpaged.
@@ -154,8 +154,7 @@ def flash_mla_with_kvcache(
         logits_soft_cap = arguments.static_finite_float("logits_soft_cap", logits_soft_cap)
         if logits_soft_cap <= 0:
             raise ValueError(f"logits_soft_cap: expected a positive number, got {logits_soft_cap}")
-    unfit = cache_layout.why_no_kernel(k_cache, paged)
-    native.check_implementation("decode", implementation, unfit)
+    native.check_implementation("decode", implementation)
     config = DecodeConfig(
         softmax_scale=arguments.static_finite_float("softmax_scale", softmax_scale),
         causal=arguments.static_bool("causal", causal) and s_q > 1,

@@ -141,10 +141,8 @@ _kernel_lowering = lower_as_jax(_decode_local_cuda)
 
 
 def _cuda_lowering(ctx, *operands, config):
-    _, (k_cache, *_), _ = config.split_operands(ctx.avals_in)
     chosen = native.chosen_implementation("decode", config.implementation)
-    fits = cache_layout.why_no_kernel(k_cache, paged=True) is None
-    lowering = _kernel_lowering if chosen == "cuda" and fits else _accelerator_lowering
+    lowering = _kernel_lowering if chosen == "cuda" else _accelerator_lowering
     return lowering(ctx, *operands, config=config)
 
 

@@ -91,17 +91,12 @@ def why_no_kernel(operation: str) -> str | None:
     return None
 
 
-def check_implementation(
-    operation: str, implementation: str | None, unfit: str | None = None
-) -> None:
-    """Raises if `implementation` is unknown, or `"cuda"` where that cannot run.
-
-    `unfit` says why the kernel cannot take these operands, if it cannot.
-    """
+def check_implementation(operation: str, implementation: str | None) -> None:
+    """Raises if `implementation` is unknown, or `"cuda"` where that cannot run."""
     if implementation not in (None, "cuda", "xla"):
         raise ValueError(f'implementation: expected None, "cuda" or "xla", got {implementation!r}')
     if implementation == "cuda":
-        reason = why_no_kernel(operation) or unfit
+        reason = why_no_kernel(operation)
         if reason is not None:
             raise RuntimeError(f'implementation="cuda" cannot run: {reason}')
 

@@ -250,14 +250,21 @@ class KernelTest(LayoutTest):
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
         return "".join(line for line in text.splitlines() if "@jax_flashmla_decode(" in line)
 
-    @parameterized.product(page=PAGE_SIZES[1:], implementation=(None, "cuda"))
+    @parameterized.product(page=PAGE_SIZES, implementation=(None, "cuda"))
     def test_page_sizes(self, page, implementation):
         call = self.lower((7, page, 1, 640), True, implementation)
         self.assertIn(f"tensor<1x7x{page}x1x640xbf16>", call)
         self.assertIn("tensor<1x3x5xi32>", call)
 
     @parameterized.product(
-        seen_as=((64, 1, 64), (80, 5, 16), (96, 3, 32), (1024, 1, 1024), (6144, 6, 1024)),
+        seen_as=(
+            (64, 1, 64),
+            (80, 5, 16),
+            (100, 25, 4),
+            (65, 65, 1),
+            (1024, 1, 1024),
+            (6144, 6, 1024),
+        ),
         implementation=(None, "cuda"),
     )
     def test_unpaged(self, seen_as, implementation):
@@ -266,31 +273,17 @@ class KernelTest(LayoutTest):
         self.assertIn(f"tensor<1x{3 * pages}x{page}x1x640xbf16>", call)
         self.assertIn(f"tensor<1x3x{pages}xi32>", call)
 
-    @parameterized.parameters(80, 96, 2048)
+    @parameterized.parameters(80, 75, 2048)
     def test_an_unpaged_cache_cut_into_pages_is_the_same(self, max_len):
         lengths = [0, 1, max_len, max_len // 2 + 1]
         problem = problems.make_unpaged_problem(self.rng, lengths, max_len, h_q=1)
         cut = cache_layout.cut_for_kernel(problem.k_cache[None], problem.block_table[None])
         k_cache, block_table = (np.asarray(x[0]) for x in cut)
-        self.assertIn(k_cache.shape[1], cache_layout.KERNEL_PAGE_SIZES)
+        self.assertEqual(max_len % k_cache.shape[1], 0)
+        self.assertEqual(1024 % k_cache.shape[1], 0)
         same = dataclasses.replace(problem, k_cache=k_cache, block_table=block_table)
         for x, y in zip(oracle.decode(*same.arrays), oracle.decode(*problem.arrays), strict=True):
             np.testing.assert_array_equal(x, y)
-
-    @parameterized.parameters(1, 8, 100)
-    def test_unpaged_of_a_length_that_it_does_not_take(self, max_len):
-        self.assertEmpty(self.lower((3, max_len, 1, 576), False, None))
-        message = f"max_len is a multiple of 16, and k_cache has {max_len}$"
-        with self.assertRaisesRegex(RuntimeError, message):
-            self.lower((3, max_len, 1, 576), False, "cuda")
-
-    def test_page_size_1(self):
-        self.assertEmpty(self.lower((7, 1, 1, 576), True, None))
-        with self.assertRaisesRegex(
-            RuntimeError,
-            "cannot run: the kernel takes pages of 16, 32, .* or 1024 tokens, and k_cache has 1$",
-        ):
-            self.lower((7, 1, 1, 576), True, "cuda")
 
 
 class OnGpuTest(LayoutTest):
@@ -328,12 +321,12 @@ class OnGpuTest(LayoutTest):
         memory = run.lower(q, k_cache, table, lengths).compile().memory_analysis()
         self.assertLess(memory.temp_size_in_bytes, memory.argument_size_in_bytes / 10)
 
-    @parameterized.product(page=PAGE_SIZES[1:], width=WIDTHS)
+    @parameterized.product(page=PAGE_SIZES, width=WIDTHS)
     def test_paged(self, page, width):
         lengths = self.rng.integers(0, 9000, 40)
         self.check(problems.make_problem(self.rng, lengths, s_q=2, h_q=128, page=page, width=width))
 
-    @parameterized.product(max_len=(64, 80, 1024, 6144), width=WIDTHS)
+    @parameterized.product(max_len=(64, 75, 80, 1024, 6144), width=WIDTHS)
     def test_unpaged(self, max_len, width):
         lengths = self.rng.integers(0, max_len + 1, 40)
         problem = problems.make_unpaged_problem(

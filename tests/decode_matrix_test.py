@@ -14,7 +14,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from jax_flashmla import get_mla_metadata, native
-from jax_flashmla.cache_layout import KERNEL_PAGE_SIZES
+from jax_flashmla.cache_layout import PAGE_SIZES
 from jax_flashmla.decode_local import partial_types
 from tests import problems, support
 
@@ -96,7 +96,7 @@ class DecodeMatrixTest(parameterized.TestCase):
             for h_q in (h for h in HEADS if h % h_kv == 0):
                 self.check_heads(shared, s_q, h_q, h_kv)
 
-    @parameterized.product(page=KERNEL_PAGE_SIZES, width=(576, 584, 640), s_q=(1, 3), h_kv=(1, 2))
+    @parameterized.product(page=PAGE_SIZES, width=(576, 584, 640), s_q=(1, 3), h_kv=(1, 2))
     def test_page_sizes_and_widths(self, page, width, s_q, h_kv):
         lengths = [0, 1, page - 1, page, page + 1, 63, 64, 65, 3 * page + 70, 3000]
         problem = problems.make_problem(

@@ -11,7 +11,7 @@ set -uo pipefail
 wheel=${1:?usage: tools/gpu_check.sh WHEEL [RESULTS_DIRECTORY [STAGE...]]}
 results=$(mkdir -p "${2:-gpu_results}" && cd "${2:-gpu_results}" && pwd)
 stages=("${@:3}")
-[ ${#stages[@]} = 0 ] && stages=(tests sanitize demo xla_decode planner step layouts decode)
+[ ${#stages[@]} = 0 ] && stages=(tests sanitize demo xla_decode planner step layouts fp8 decode)
 root=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_flashmla import get_mla_metadata, native
-from jax_flashmla.decode import partial_types
+from jax_flashmla.decode_local import partial_types
 
 SCALE = 1 / 24  # what the launch uses
 # lengths, s_q, h_q, h_kv, num_sms: few SMs, so that a thread block has several sequences; and
-# perhaps tokens of a page, columns of a row, window.
+# perhaps tokens of a page, columns of a row, window, FP8 format.
 CASES = [
     ([0, 1, 64, 65, 400], 1, 16, 1, 3),
     ([130, 0, 700], 1, 128, 1, 6),
@@ -31,10 +31,17 @@ CASES = [
     # Parts of a block a page and several blocks, in either kernel; a window.
     ([0, 1, 64, 65, 400], 1, 16, 1, 3, 16, 640),
     ([130, 0, 700], 1, 128, 1, 6, 32),
+    ([0, 1, 64, 65, 400], 1, 16, 2, 3, 1, 584),
+    ([70, 0, 300], 1, 40, 1, 3, 1),
     ([70, 0, 300], 2, 16, 1, 3, 128),
     ([300, 0, 1300], 2, 16, 2, 3, 256, 584, 100),
     ([300, 0, 1300], 1, 128, 1, 6, 64, 576, 200),
+    ([0, 1, 64, 65, 400], 1, 16, 1, 3, 64, 576, 0, "fp8_per_tensor"),
+    ([300, 20], 3, 30, 3, 18, 16, 592, 100, "fp8_per_tensor"),
+    ([0, 1, 64, 65, 400], 1, 16, 1, 3, 64, 656, 0, "fp8_block"),
+    ([300, 20], 3, 30, 3, 18, 1, 672, 100, "fp8_block"),
 ]
+K_SCALE = 0.02
 
 
 def bits(x):
@@ -47,14 +54,35 @@ def values(x):
     return x.view(jnp.bfloat16).astype(np.float64)
 
 
-def decode(lengths, s_q, h_q, h_kv, num_sms, page=64, width=576, window=0):
+def fp8(x, name):
+    """float32 rows as an FP8 cache, with the same scale everywhere, and their values."""
+    latent, rope = x[..., :512], x[..., 512:]
+    stored = (latent / K_SCALE).astype(jnp.float8_e4m3fn)
+    if name == "fp8_per_tensor":
+        rope = (rope / K_SCALE).astype(jnp.float8_e4m3fn)
+        read = np.concatenate([stored, rope], -1).astype(np.float64) * np.float32(K_SCALE)
+        return np.concatenate([stored, rope], -1).view(np.uint8), read
+    scales = np.full((*x.shape[:-1], 4), K_SCALE, np.float32)
+    parts = stored.view(np.uint8), scales.view(np.uint8), bits(rope).view(np.uint8)
+    read = stored.astype(np.float64) * np.float32(K_SCALE), values(bits(rope))
+    return np.concatenate(parts, -1), np.concatenate(read, -1)
+
+
+def decode(lengths, s_q, h_q, h_kv, num_sms, page=64, width=576, window=0, form="plain"):
     """Decodes random data; returns the largest error of the outputs."""
     rng = np.random.default_rng()
     batch, pages = len(lengths), -(-max(lengths) // page)
     rows = s_q * h_q // h_kv
     table = rng.permutation(batch * pages).reshape(batch, pages).astype(np.int32)
     q = bits(rng.standard_normal((batch, s_q, h_q, 576), np.float32))
-    pool = bits(rng.standard_normal((batch * pages, page, h_kv, width), np.float32))
+    rows_of = batch * pages, page, h_kv
+    if form == "plain":
+        pool = bits(rng.standard_normal((*rows_of, width), np.float32))
+        all_keys = values(pool)[..., :576]
+    else:
+        rows_in_use, all_keys = fp8(rng.standard_normal((*rows_of, 576), np.float32), form)
+        pool = np.full((*rows_of, width), 0xFF, np.uint8)
+        pool[..., : rows_in_use.shape[-1]] = rows_in_use
     seqlens = np.asarray(lengths, np.int32)
     metadata = [np.asarray(x) for x in get_mla_metadata(seqlens, rows, h_kv, num_sms=num_sms)]
     parts = len(metadata[0])
@@ -65,9 +93,10 @@ def decode(lengths, s_q, h_q, h_kv, num_sms, page=64, width=576, window=0):
     workspace = [
         cupy.full(buffer.shape, np.nan, np.float32) for buffer in partial_types((slots, h_kv), rows)
     ]
+    scale = [cupy.full(1, K_SCALE, np.float32)] if form == "fp8_per_tensor" else []
     cupy.cuda.Device().synchronize()
     native.module.bench.time_decode(
-        [x.data.ptr for x in (*operands, out, lse, *workspace)],
+        [x.data.ptr for x in (*operands, out, lse, *workspace, *scale)],
         batch=batch,
         s_q=s_q,
         h_q=h_q,
@@ -80,13 +109,14 @@ def decode(lengths, s_q, h_q, h_kv, num_sms, page=64, width=576, window=0):
         page_tokens=page,
         key_stride=width,
         sliding_window=window,
+        key_format=form,
         what="decode",
         launches=1,
         replays=1,
     )
     got, error = values(cupy.asnumpy(out)), 0.0
     for i, length in enumerate(lengths):
-        keys = values(pool[table[i]]).reshape(-1, h_kv, width)[:length, :, :576]
+        keys = all_keys[table[i]].reshape(-1, h_kv, 576)[:length]
         keys = keys[max(length - window, 0) if window else 0 :]
         for head in range(h_kv):
             heads = slice(head * h_q // h_kv, (head + 1) * h_q // h_kv)

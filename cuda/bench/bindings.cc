@@ -68,25 +68,37 @@ std::vector<float> time_plan(HostLengths cache_seqlens, int num_parts, int overh
 
 // Times decode on device arrays that the caller keeps alive, given by their addresses
 // (jax.Array.unsafe_buffer_pointer) in the order q, k_cache, block_table, cache_seqlens,
-// tile_scheduler_metadata, num_splits, out, lse, partial_out, partial_lse.
-// One group, whole queries. `what`: "decode", its kernels "split" and "combine", or
-// "floor". `copies`: how many q and out there are, one after the other; launches take them in turn.
+// tile_scheduler_metadata, num_splits, out, lse, partial_out, partial_lse, and, of an FP8 cache
+// with one scale, k_scale. `key_format`: "plain", "fp8_per_tensor" or "fp8_block". One group, whole
+// queries. `what`: "decode", its kernels "split" and "combine", or "floor". `copies`: how many q
+// and out there are, one after the other; launches take them in turn.
 std::vector<float> time_decode(const std::vector<uintptr_t>& operands, int batch, int s_q, int h_q,
                                int h_kv, int num_blocks, int max_blocks, int num_parts, int slots,
                                bool causal, const std::string& dtype, const std::string& what,
                                int launches, int replays, int copies, int page_tokens,
-                               int key_stride, int sliding_window, float logits_soft_cap) {
-  if (operands.size() != 10) throw std::invalid_argument("expected the addresses of 10 arrays");
+                               int key_stride, int sliding_window, float logits_soft_cap,
+                               const std::string& key_format) {
+  const KeyFormat format = key_format == "fp8_per_tensor" ? KeyFormat::kFp8PerTensor
+                           : key_format == "fp8_block"    ? KeyFormat::kFp8Block
+                                                          : KeyFormat::kPlain;
+  if (format == KeyFormat::kPlain && key_format != "plain") {
+    throw std::invalid_argument("key_format: " + key_format);
+  }
+  const bool scaled = format == KeyFormat::kFp8PerTensor;
+  if (operands.size() != (scaled ? 11 : 10))
+    throw std::invalid_argument("a wrong number of arrays");
   if (dtype != "bfloat16" && dtype != "float16") throw std::invalid_argument("dtype: " + dtype);
   const auto pointer = [&](int i) { return reinterpret_cast<void*>(operands[i]); };
   const auto ints = [&](int i) { return static_cast<const int32_t*>(pointer(i)); };
   const DecodeParams params = {
       .dtype = dtype == "bfloat16" ? DType::kBFloat16 : DType::kFloat16,
+      .key_format = format,
       .q_nope = pointer(0),
       .q_rope = static_cast<const uint16_t*>(pointer(0)) + kLatentDim,
       .q_nope_stride = kHeadDim,
       .q_rope_stride = kHeadDim,
       .k_cache = pointer(1),
+      .k_scale = scaled ? static_cast<const float*>(pointer(10)) : nullptr,
       .block_table = ints(2),
       .cache_seqlens = ints(3),
       .tile_scheduler_metadata = ints(4),
@@ -143,7 +155,8 @@ void bind_benchmarks(nb::module_& module) {
              "h_kv"_a, "num_blocks"_a, "max_blocks"_a, "num_parts"_a, "slots"_a, "causal"_a,
              "dtype"_a = "bfloat16", "what"_a, "launches"_a, "replays"_a, "copies"_a = 1,
              "page_tokens"_a = 64, "key_stride"_a = 576, "sliding_window"_a = 0,
-             "logits_soft_cap"_a = 0.0f, nb::call_guard<nb::gil_scoped_release>(),
+             "logits_soft_cap"_a = 0.0f, "key_format"_a = "plain",
+             nb::call_guard<nb::gil_scoped_release>(),
              "Microseconds per decode, one sample per replay of a CUDA graph.");
 }
 

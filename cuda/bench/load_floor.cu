@@ -28,20 +28,19 @@ __global__ void __launch_bounds__(32) load_floor_kernel(const __grid_constant__ 
   Ring<kSlots> slot;
   int loaded = 0;
   for (int seq = work.begin_seq; has_item(work, seq); ++seq) {
-    const Item item = find_item(p, work, seq);
+    const Item item = find_item<true>(p, work, seq);
     for (int block = item.first; block < item.last; ++block) {
       if (loaded >= kSlots) smem.full[slot.slot].wait(slot.parity ^ 1);
       if (lane == 0) smem.full[slot.slot].arrive_and_expect_tx(kTiles * kTileBytes);
       __syncwarp();
       const int tile = lane * kKeyBoxTiles;
-      const int page = check_page(p, work, load_page<Pages::kOfBlocks>(p, work, seq, block));
+      const BlockPages<1> pages(p, work, seq, block, load_page<1>(p, work, seq, block));
       auto* const target = &smem.k[slot.slot][tile];
       FullBarrier& full = smem.full[slot.slot];
       if (tile < kRopeTile) {
-        load_key_tiles<1, kKeyBoxTiles, Pages::kOfBlocks>(p, maps, work, full, target, tile, seq,
-                                                          block, page);
+        load_key_tiles<1, kKeyBoxTiles>(p, maps, work, full, target, tile, block, pages);
       } else if (tile == kRopeTile) {
-        load_key_tiles<1, 1, Pages::kOfBlocks>(p, maps, work, full, target, tile, seq, block, page);
+        load_key_tiles<1, 1>(p, maps, work, full, target, tile, block, pages);
       }
       slot.advance();
       ++loaded;
@@ -58,7 +57,7 @@ __global__ void __launch_bounds__(32) load_floor_kernel(const __grid_constant__ 
 }  // namespace
 
 cudaError_t launch_load_floor(const DecodeParams& p, cudaStream_t stream) {
-  if (p.row_tiles() != 1 || p.pages_of_block() > 1) return cudaErrorInvalidValue;
+  if (p.is_fp8() || p.row_tiles() != 1 || !has_block_pages(p)) return cudaErrorInvalidValue;
   TensorMaps maps;
   cudaError_t error = make_tensor_maps(p, &maps);
   if (error != cudaSuccess) return error;

@@ -1,0 +1,122 @@
+// Keys row by row, for pages that hold less than a block: the loader's four warps copy them 16
+// bytes a lane (cp.async). The copy engine would be told of every page of every tile, and takes
+// some 70 cycles for each however few rows it has.
+#pragma once
+
+#include "cuda/decode_shared.cuh"
+
+namespace jax_flashmla {
+
+// Where a CTA's keys come from: by the copy engine from pages that hold blocks, or row by row.
+enum class Source { kPages, kRows };
+// Arrivals that complete a full barrier: of the thread that expects bytes, or of all that copy.
+template <Source kSource>
+inline constexpr int kFullArrivals = kSource == Source::kPages ? 1 : kGatherThreads;
+
+// The arrivals of a full barrier that a single thread owes when its copies are the copy engine's.
+template <Source kSource>
+__device__ __forceinline__ void arrive_for_others(FullBarrier& barrier) {
+  if constexpr (kFullArrivals<kSource> > 1) {
+    const uint32_t address = cast_smem_ptr_to_uint(&barrier);
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(address),
+                 "n"(kFullArrivals<kSource> - 1)
+                 : "memory");
+  }
+}
+
+// Waits for keys. The copies of threads are not the copy engine's: wgmma sees them after a fence.
+template <Source kSource>
+__device__ __forceinline__ void wait_for_keys(FullBarrier& barrier, uint32_t parity) {
+  barrier.wait(parity);
+  if constexpr (kSource == Source::kRows) cutlass::arch::fence_view_async_shared();
+}
+
+// Which of the threads that gather this is. Asked for anew at every use: registers are scarce.
+struct GatherThread {
+  int warp;
+  int lane;
+  __device__ __forceinline__ GatherThread() {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread)::"memory");
+    warp = thread / 32 % kGatherWarps;
+    lane = thread % 32;
+  }
+};
+
+// What the table has for the row of a block that the lane looks up; -1: nothing, or no query sees
+// the row. For `find_rows`, since it has not arrived when this returns.
+__device__ __forceinline__ int load_row_page(const KernelParams& p, const Work& work,
+                                             const Item& item, int block) {
+  const auto [warp, lane] = GatherThread();
+  const int token = block * kBlock + lane / 4 * 16 + warp * 4 + lane % 4;
+  const int left = item.length - token;
+  if (lane >= 16 || left <= 0 || left > p.most_hidden + p.window) return -1;
+  return p.block_table[work.first_entry + static_cast<int64_t>(item.seq) * p.max_blocks +
+                       (token >> p.page_shift)];
+}
+
+// Writes where the rows are that the warp copies, among the rows of all groups' pages; -1: a row of
+// zeros.
+__device__ __forceinline__ void find_rows(const KernelParams& p, const Work& work, int block,
+                                          int page, GatherRows& rows) {
+  const auto [warp, lane] = GatherThread();
+  const int token = block * kBlock + lane / 4 * 16 + warp * 4 + lane % 4;
+  const int row =
+      ((work.group * p.num_blocks + page) << p.page_shift) + (token & ((1 << p.page_shift) - 1));
+  __syncwarp();  // the block before has been read
+  if (lane < 16) {
+    const bool exists = page >= 0 && page < p.num_blocks;
+    reinterpret_cast<int*>(&rows[warp][lane % 4])[lane / 4] = exists ? row : -1;
+  }
+  __syncwarp();
+}
+
+__device__ __forceinline__ void copy_vector(const KernelParams& p, const char* first_row, int row,
+                                            uint128_t& target) {
+  const char* const from = first_row + static_cast<int64_t>(row) * p.row_bytes;
+  SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<uint128_t>::copy(*reinterpret_cast<const uint128_t*>(from),
+                                                   target, row >= 0);
+}
+
+// Copies `count` swizzled tiles of 128 bytes a row, from byte `column` of the rows on; of the last
+// 16-byte vectors of a row, only the first `vectors`.
+__device__ __forceinline__ void gather_tiles(const KernelParams& p, const Work& work,
+                                             const GatherRows& rows, void* target, int count,
+                                             int column, int vectors = 8) {
+  const auto [warp, lane] = GatherThread();
+  const int vector = lane % 8;
+  const int place = lane / 8;
+  const int first = warp * 4 + place;
+  if (vector >= vectors) return;
+#pragma unroll 1
+  for (int tile = 0; tile < count; ++tile) {
+    const char* const first_row = static_cast<const char*>(p.k_cache) + work.head * p.head_bytes +
+                                  column + tile * 128 + vector * 16;
+    uint128_t* const to = static_cast<uint128_t*>(target) + tile * (kTileBytes / 16) + first * 8 +
+                          (vector ^ first % 8);
+    const int4 four = rows[warp][place];
+    copy_vector(p, first_row, four.x, to[0]);
+    copy_vector(p, first_row, four.y, to[1 * 16 * 8]);
+    copy_vector(p, first_row, four.z, to[2 * 16 * 8]);
+    copy_vector(p, first_row, four.w, to[3 * 16 * 8]);
+  }
+}
+
+// Copies 16 bytes of every row.
+__device__ __forceinline__ void gather_vectors(const KernelParams& p, const Work& work,
+                                               const GatherRows& rows, float4* target, int column) {
+  const auto [warp, lane] = GatherThread();
+  if (lane >= 16) return;
+  const char* const first_row =
+      static_cast<const char*>(p.k_cache) + work.head * p.head_bytes + column;
+  const int row = reinterpret_cast<const int*>(&rows[warp][lane % 4])[lane / 4];
+  copy_vector(p, first_row, row,
+              reinterpret_cast<uint128_t*>(target)[lane / 4 * 16 + warp * 4 + lane % 4]);
+}
+
+// Arrives when all that this thread has copied has landed.
+__device__ __forceinline__ void arrive_after_copies(FullBarrier& barrier) {
+  cutlass::arch::cpasync_barrier_arrive_noinc(reinterpret_cast<uint64_t*>(&barrier));
+}
+
+}  // namespace jax_flashmla
