@@ -1,6 +1,5 @@
-// Keys row by row, for pages that hold less than a block: the loader's four warps copy them 16
-// bytes a lane (cp.async). The copy engine would be told of every page of every tile, and takes
-// some 70 cycles for each however few rows it has.
+// Keys row by row, where pages hold less than a block or rows are FP8: the loader's four warps copy
+// them 16 bytes a lane (cp.async). The copy engine would have to be told of every page of every tile.
 #pragma once
 
 #include "cuda/decode_shared.cuh"
