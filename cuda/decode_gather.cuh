@@ -1,5 +1,6 @@
 // Keys row by row, where pages hold less than a block or rows are FP8: the loader's four warps copy
-// them 16 bytes a lane (cp.async). The copy engine would have to be told of every page of every tile.
+// them 16 bytes a lane (cp.async). The copy engine would have to be told of every page of every
+// tile.
 #pragma once
 
 #include "cuda/decode_shared.cuh"
