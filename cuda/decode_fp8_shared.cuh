@@ -15,8 +15,8 @@ inline constexpr int kScaleBytes = kFp8Tiles * 4;  // of a row of fp8_block
 inline constexpr int kQueryStride = 592;
 
 // What values are multiplied as. e4m3 is exact in 16-bit floats, in one instruction for two; in
-// bfloat16, which the scales of fp8_block need for their range, it takes a few: `kValueExponent` is
-// then missing, and half of it in the weights.
+// bfloat16, which the scales of fp8_block need for their range, it takes a few, and values are then
+// 2^-120 times what they should be: half of that is made up for in the weights.
 template <KeyFormat kFormat>
 using Weight =
     std::conditional_t<kFormat == KeyFormat::kFp8Block, cutlass::bfloat16_t, cutlass::half_t>;
@@ -43,7 +43,7 @@ struct Fp8Memory {
   FullBarrier full[kFp8Slots];
   EmptyBarrier empty[kFp8Slots];
 };
-static_assert(sizeof(Fp8Memory<KeyFormat::kFp8Block, cutlass::half_t>) <= 232448);
+static_assert(sizeof(Fp8Memory<KeyFormat::kFp8Block, cutlass::half_t>) <= 232448, "227 KiB");
 static_assert(sizeof(Fp8Memory<KeyFormat::kFp8Block, cutlass::half_t>::Block) % 1024 == 0);
 
 // Before what is done once per item: nothing that comes of the lane is to be in a register before.
