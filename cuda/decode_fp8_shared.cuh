@@ -8,9 +8,7 @@ namespace jax_flashmla {
 
 inline constexpr int kFp8Tiles = kLatentDim / 128;  // of 128 bytes a row: a scale's columns each
 inline constexpr int kFp8Slots = 4;                 // blocks in shared memory
-inline constexpr int kFp8RowBytes = 128;
-inline constexpr int kFp8TileBytes = kBlock * kFp8RowBytes;
-inline constexpr int kScaleBytes = kFp8Tiles * 4;  // of a row of fp8_block
+inline constexpr int kScaleBytes = kFp8Tiles * 4;   // of a row of fp8_block
 // Of a row of queries in shared memory: no two of its readers meet in a bank.
 inline constexpr int kQueryStride = 592;
 
@@ -27,9 +25,9 @@ template <KeyFormat kFormat, typename Element>
 struct Fp8Memory {
   static constexpr int kWeights = kFormat == KeyFormat::kFp8Block ? kFp8Tiles : 1;
   struct Block {
-    uint8_t latent[kFp8Tiles][kFp8TileBytes];
+    uint8_t latent[kFp8Tiles][kTileBytes];
     // 64 e4m3 or 64 bfloat16 values a row, the former with as many bytes behind them unused.
-    uint8_t rope[kFp8TileBytes];
+    uint8_t rope[kTileBytes];
     float4 scales[kBlock];  // of fp8_block
   };
   alignas(1024) Block blocks[kFp8Slots];
