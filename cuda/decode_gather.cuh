@@ -13,6 +13,11 @@ enum class Source { kPages, kRows };
 template <Source kSource>
 inline constexpr int kFullArrivals = kSource == Source::kPages ? 1 : kGatherThreads;
 
+// Of a warp that has read, with keys row by row: racecheck sees that threads copy, and takes no
+// arrival of one thread for those of others.
+template <Source kSource>
+inline constexpr int kReleases = kSource == Source::kPages ? 1 : 32;
+
 // The arrivals of a full barrier that a single thread owes when its copies are the copy engine's.
 template <Source kSource>
 __device__ __forceinline__ void arrive_for_others(FullBarrier& barrier) {
@@ -41,16 +46,23 @@ struct GatherThread {
     warp = thread / 32 % kGatherWarps;
     lane = thread % 32;
   }
+  // The row of a block that a lane below 16 looks up, one of those that its warp copies.
+  __device__ __forceinline__ int looked_up() const { return lane / 4 * 16 + warp * 4 + lane % 4; }
 };
+
+// Where the rows are that a lane below 16 looks up, one for each place in its lanes' turn.
+__device__ __forceinline__ int* rows_of(GatherRows& rows, const GatherThread& thread) {
+  return reinterpret_cast<int*>(&rows[thread.warp][thread.lane % 4]);
+}
 
 // What the table has for the row of a block that the lane looks up; -1: nothing, or no query sees
 // the row. For `find_rows`, since it has not arrived when this returns.
 __device__ __forceinline__ int load_row_page(const KernelParams& p, const Work& work,
                                              const Item& item, int block) {
-  const auto [warp, lane] = GatherThread();
-  const int token = block * kBlock + lane / 4 * 16 + warp * 4 + lane % 4;
+  const GatherThread thread;
+  const int token = block * kBlock + thread.looked_up();
   const int left = item.length - token;
-  if (lane >= 16 || left <= 0 || left > p.most_hidden + p.window) return -1;
+  if (thread.lane >= 16 || left <= 0 || left > p.most_hidden + p.window) return -1;
   return p.block_table[work.first_entry + static_cast<int64_t>(item.seq) * p.max_blocks +
                        (token >> p.page_shift)];
 }
@@ -59,14 +71,14 @@ __device__ __forceinline__ int load_row_page(const KernelParams& p, const Work& 
 // zeros.
 __device__ __forceinline__ void find_rows(const KernelParams& p, const Work& work, int block,
                                           int page, GatherRows& rows) {
-  const auto [warp, lane] = GatherThread();
-  const int token = block * kBlock + lane / 4 * 16 + warp * 4 + lane % 4;
+  const GatherThread thread;
+  const int token = block * kBlock + thread.looked_up();
   const int row =
       ((work.group * p.num_blocks + page) << p.page_shift) + (token & ((1 << p.page_shift) - 1));
   __syncwarp();  // the block before has been read
-  if (lane < 16) {
+  if (thread.lane < 16) {
     const bool exists = page >= 0 && page < p.num_blocks;
-    reinterpret_cast<int*>(&rows[warp][lane % 4])[lane / 4] = exists ? row : -1;
+    rows_of(rows, thread)[thread.lane / 4] = exists ? row : -1;
   }
   __syncwarp();
 }
@@ -104,14 +116,13 @@ __device__ __forceinline__ void gather_tiles(const KernelParams& p, const Work& 
 
 // Copies 16 bytes of every row.
 __device__ __forceinline__ void gather_vectors(const KernelParams& p, const Work& work,
-                                               const GatherRows& rows, float4* target, int column) {
-  const auto [warp, lane] = GatherThread();
-  if (lane >= 16) return;
+                                               GatherRows& rows, float4* target, int column) {
+  const GatherThread thread;
+  if (thread.lane >= 16) return;
   const char* const first_row =
       static_cast<const char*>(p.k_cache) + work.head * p.head_bytes + column;
-  const int row = reinterpret_cast<const int*>(&rows[warp][lane % 4])[lane / 4];
-  copy_vector(p, first_row, row,
-              reinterpret_cast<uint128_t*>(target)[lane / 4 * 16 + warp * 4 + lane % 4]);
+  copy_vector(p, first_row, rows_of(rows, thread)[thread.lane / 4],
+              reinterpret_cast<uint128_t*>(target)[thread.looked_up()]);
 }
 
 // Arrives when all that this thread has copied has landed.

@@ -16,7 +16,9 @@ namespace {
 // Of the last warpgroup, two threads load, or all.
 inline constexpr int kKeyThread = kMathThreads;
 inline constexpr int kQueryThread = kMathThreads + 32;
-inline constexpr int kReady = 2;  // the named barrier for: memory is set up
+// Named barriers for: memory is set up; it is, for the warps that copy row by row.
+inline constexpr int kReady = 2;
+inline constexpr int kLoaderReady = 3;
 
 template <typename Element>
 __device__ __forceinline__ void load_item_queries(const KernelParams& p, const TensorMaps& maps,
@@ -138,18 +140,28 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
   if (warp < kMathWarps) {
     cutlass::arch::warpgroup_reg_alloc<kMathRegisters>();
     wait_for_kernel_before();
-    const Work work = check_plan(p, find_work(p));
-    if (threadIdx.x == 0) smem.work = work;
-    cutlass::arch::NamedBarrier::sync(kNarrowThreads, kReady);
-    if (has_item(work, work.begin_seq)) attend<kWindowed>(p, smem, warp, threadIdx.x % 32);
+    if constexpr (kSource == Source::kPages) {
+      const Work work = check_plan(p, find_work(p));
+      if (threadIdx.x == 0) smem.work = work;
+      cutlass::arch::NamedBarrier::sync(kNarrowThreads, kReady);
+      if (has_item(work, work.begin_seq))
+        attend<kSource, kWindowed>(p, smem, warp, threadIdx.x % 32);
+    } else {
+      cutlass::arch::NamedBarrier::sync(kNarrowThreads, kReady);
+      attend<kSource, kWindowed>(p, smem, warp, threadIdx.x % 32);
+    }
   } else {
     cutlass::arch::warpgroup_reg_dealloc<kLoaderRegisters>();
     // A thread that loads sets up the barriers itself that it needs, and waits for nobody.
     if (threadIdx.x == kKeyThread) {
       for (FullBarrier& barrier : smem.chunk_full) barrier.init(kFullArrivals<kSource>);
-      for (EmptyBarrier& barrier : smem.chunk_empty) barrier.init(kKeyBoxTiles);
+      for (EmptyBarrier& barrier : smem.chunk_empty) {
+        barrier.init(kKeyBoxTiles * kReleases<kSource>);
+      }
       for (FullBarrier& barrier : smem.rope_full) barrier.init(kFullArrivals<kSource>);
-      for (EmptyBarrier& barrier : smem.rope_empty) barrier.init(1);
+      for (EmptyBarrier& barrier : smem.rope_empty) {
+        barrier.init(kSource == Source::kPages ? 1 : kMathThreads);
+      }
       cutlass::arch::fence_barrier_init();
     } else if (threadIdx.x == kQueryThread) {
       smem.q_full.init(1);
@@ -161,7 +173,9 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
     __syncwarp();
     wait_for_kernel_before();
     if constexpr (kSource == Source::kRows) {
-      cutlass::arch::NamedBarrier::sync(kNarrowThreads, kReady);
+      if (threadIdx.x == kKeyThread) smem.work = check_plan(p, find_work(p, zero_of_lane()));
+      cutlass::arch::NamedBarrier::sync(kGatherThreads, kLoaderReady);
+      cutlass::arch::NamedBarrier::arrive(kNarrowThreads, kReady);
       gather(p, maps, smem);
     } else {
       const Work found = find_work(p, zero_of_lane());

@@ -1,6 +1,7 @@
 // The warps of the split kernel for few query rows that multiply, and what each does with a block.
 #pragma once
 
+#include "cuda/decode_gather.cuh"
 #include "cuda/decode_narrow_shared.cuh"
 #include "cuda/decode_softmax.cuh"
 #include "cuda/decode_store.cuh"
@@ -81,7 +82,7 @@ __device__ __forceinline__ void multiply_values(Element (&values)[kTileElements]
   }
 }
 
-template <bool kWindowed, typename Element>
+template <Source kSource, bool kWindowed, typename Element>
 __device__ __forceinline__ void attend(const KernelParams& p, NarrowMemory<Element>& smem, int warp,
                                        int lane) {
   const auto larger = [](float x, float y) { return fmaxf(x, y); };
@@ -146,7 +147,7 @@ __device__ __forceinline__ void attend(const KernelParams& p, NarrowMemory<Eleme
         if (lane % 4 == 0) smem.maxima[quad.row + 8 * i][warp] = top;
       }
       sync_math();  // so the rotary tile has been read, too
-      if (threadIdx.x == 0) smem.rope_empty[rope.slot].arrive();
+      if (kSource == Source::kRows || threadIdx.x == 0) smem.rope_empty[rope.slot].arrive();
       rope.advance();
       float factor[2];
 #pragma unroll
@@ -189,7 +190,11 @@ __device__ __forceinline__ void attend(const KernelParams& p, NarrowMemory<Eleme
           inverse[i] = sum[i] == 0 ? 0 : __fdividef(1.0f, sum[i]);
         }
       }
-      release_after_reads(smem.chunk_empty[mine.slot]);
+      if constexpr (kSource == Source::kPages) {
+        release_after_reads(smem.chunk_empty[mine.slot]);
+      } else {
+        smem.chunk_empty[mine.slot].arrive();
+      }
       chunk.advance(kChunks);
     }
     scale_rows(out, inverse);
