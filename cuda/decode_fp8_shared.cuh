@@ -1,82 +1,109 @@
-// What the roles of the split kernel for FP8 caches share: the shared memory plan, how e4m3 values
-// become operands. The formats are drawn in docs/fp8.md.
+// What the roles of the split kernel for FP8 caches share: the shared memory plan, and how numbers
+// become two e4m3 pieces. The formats are drawn in docs/fp8.md, the schedule in cuda/README.md.
 #pragma once
 
-#include "cuda/decode_narrow_shared.cuh"
+#include <cutlass/numeric_types.h>
+
+#include "cuda/decode_gather.cuh"
 
 namespace jax_flashmla {
 
+using E4M3 = cutlass::float_e4m3_t;
+
 inline constexpr int kFp8Tiles = kLatentDim / 128;  // of 128 bytes a row: a scale's columns each
-inline constexpr int kFp8Slots = 4;                 // blocks in shared memory
 inline constexpr int kScaleBytes = kFp8Tiles * 4;   // of a row of fp8_block
-// Of a row of queries in shared memory: no two of its readers meet in a bank.
-inline constexpr int kQueryStride = 592;
 
-// What values are multiplied as. e4m3 is exact in 16-bit floats, in one instruction for two; in
-// bfloat16, which the scales of fp8_block need for their range, it takes a few, and values are then
-// 2^-120 times what they should be: half of that is made up for in the weights.
+// What meets e4m3 is e4m3, too, so that the tensor cores need no wider copy of the cache: two
+// pieces, of which the second is what the first leaves over, times 32. Together they have eight
+// bits, as bfloat16 has, and are two rows of a product, which has 64 of them.
+inline constexpr int kPieces = 2;
+inline constexpr float kLowPiece = 1.0f / 32;
+static_assert(kPieces * kFp8Rows == 64, "the rows of a warpgroup's product");
+
 template <KeyFormat kFormat>
-using Weight =
-    std::conditional_t<kFormat == KeyFormat::kFp8Block, cutlass::bfloat16_t, cutlass::half_t>;
-inline constexpr float kWeightScale = 0x1p60f;
-inline constexpr float kValueScale = 0x1p60f;  // what is left of 2^120
-
-template <KeyFormat kFormat, typename Element>
 struct Fp8Memory {
-  static constexpr int kWeights = kFormat == KeyFormat::kFp8Block ? kFp8Tiles : 1;
-  struct Block {
+  static constexpr bool kBlocks = kFormat == KeyFormat::kFp8Block;
+  static constexpr int kSlots = kBlocks ? 4 : 5;         // blocks of keys
+  static constexpr int kSets = kBlocks ? kFp8Tiles : 1;  // of weights: a tile's are its own
+  struct alignas(1024) Block {
     uint8_t latent[kFp8Tiles][kTileBytes];
     // 64 e4m3 or 64 bfloat16 values a row, the former with as many bytes behind them unused.
     uint8_t rope[kTileBytes];
-    float4 scales[kBlock];  // of fp8_block
+    float scales[kFp8Tiles][kBlock];  // of fp8_block
   };
-  alignas(1024) Block blocks[kFp8Slots];
-  alignas(1024) Weight<kFormat> weights[kWeights][kNarrowRows * 64];  // [query row, key]
-  alignas(16) uint16_t q[kNarrowRows][kQueryStride];
-  float q_scale[kNarrowRows];             // by which the latent columns of q were divided
-  float maxima[kNarrowRows][kMathWarps];  // over the keys of each warp
-  float sums[kNarrowRows][kMathWarps * 4 + 4];
+  struct alignas(1024) Weights {
+    uint8_t pieces[kSets][64 * kBlock];  // [query row and piece, key], swizzled by 64 bytes
+    // Of a query row, in the order of `row_slot`.
+    float factor[kSets][kFp8Rows];  // of what a block adds to the output
+    float rescale[kFp8Rows];        // of the output so far
+    float inverse[kFp8Rows];        // of the sum, with an item's last block
+  };
+  Block blocks[kSlots];
+  Weights weights[2];
   GatherRows rows;
   Work work;
-  FullBarrier full[kFp8Slots];
-  EmptyBarrier empty[kFp8Slots];
+  FullBarrier full[kSlots];
+  EmptyBarrier empty[kSlots];    // by the threads that multiply values
+  EmptyBarrier weights_full[2];  // by those that compute scores
+  EmptyBarrier weights_empty[2];
+  EmptyBarrier work_known;  // `work` is there
 };
-static_assert(sizeof(Fp8Memory<KeyFormat::kFp8Block, cutlass::half_t>) <= 232448, "227 KiB");
-static_assert(sizeof(Fp8Memory<KeyFormat::kFp8Block, cutlass::half_t>::Block) % 1024 == 0);
+static_assert(sizeof(Fp8Memory<KeyFormat::kFp8PerTensor>) <= 232448, "an SM has 227 KiB");
+static_assert(sizeof(Fp8Memory<KeyFormat::kFp8Block>) <= 232448, "an SM has 227 KiB");
 
-// Before what is done once per item: nothing that comes of the lane is to be in a register before.
+// Registers are scarce: nothing that comes of the lane is to be in one from before.
 __device__ __forceinline__ void keep_nothing_of(int& lane) { asm volatile("" : "+r"(lane)); }
 
-// Two e4m3 values each of the lower and the upper half of a register, as 16-bit floats.
-__device__ __forceinline__ void widen(uint32_t x, uint32_t& lower, uint32_t& upper) {
-  asm("{\n.reg .b16 l, u;\nmov.b32 {l, u}, %2;\n"
-      "cvt.rn.f16x2.e4m3x2 %0, l;\ncvt.rn.f16x2.e4m3x2 %1, u;\n}"
-      : "=r"(lower), "=r"(upper)
-      : "r"(x));
+// A thread of the values has every fourth query row: its eight lie side by side.
+__device__ __forceinline__ int row_slot(int row) { return row % 4 * (kFp8Rows / 4) + row / 4; }
+
+// The address of a 16-byte vector of a swizzled tile of 128-byte rows.
+__device__ __forceinline__ uint128_t& fp8_vector(uint8_t* tile, int row, int vector) {
+  return reinterpret_cast<uint128_t*>(tile)[row * 8 + (vector ^ row % 8)];
 }
 
-// Of four e4m3 values, those in the even and in the odd bytes.
-template <KeyFormat kFormat>
-__device__ __forceinline__ void widen_bytes(uint32_t x, uint32_t& even, uint32_t& odd) {
-  if constexpr (kFormat == KeyFormat::kFp8Block) {
-    // As bfloat16, 2^-120 times their value: sign and seven bits in their places. A NaN, which has
-    // made its key's scores NaN, becomes a number.
-    even = (x << 8 & 0x80008000u) | (x << 4 & 0x07f007f0u);
-    odd = (x & 0x80008000u) | (x >> 4 & 0x07f007f0u);
-  } else {
-    widen(__byte_perm(x, 0, 0x3120), even, odd);
+// Two pairs of e4m3 values.
+struct Pieces {
+  uint32_t high;
+  uint32_t low;
+};
+
+// Four numbers up to 256 as pieces. NaN stays NaN.
+__device__ __forceinline__ Pieces split(float a, float b, float c, float d) {
+  Pieces pieces;
+  asm("{\n"
+      ".reg .b32 x, y, u, v;\n"
+      ".reg .b16 h, k, l, m;\n"
+      "cvt.rn.f16x2.f32 x, %3, %2;\n"
+      "cvt.rn.f16x2.f32 y, %5, %4;\n"
+      "cvt.rn.satfinite.e4m3x2.f16x2 h, x;\n"
+      "cvt.rn.satfinite.e4m3x2.f16x2 k, y;\n"
+      "cvt.rn.f16x2.e4m3x2 u, h;\n"
+      "cvt.rn.f16x2.e4m3x2 v, k;\n"
+      "sub.rn.f16x2 u, x, u;\n"
+      "sub.rn.f16x2 v, y, v;\n"
+      "mul.rn.f16x2 u, u, %6;\n"
+      "mul.rn.f16x2 v, v, %6;\n"
+      "cvt.rn.satfinite.e4m3x2.f16x2 l, u;\n"
+      "cvt.rn.satfinite.e4m3x2.f16x2 m, v;\n"
+      "mov.b32 %0, {h, k};\n"
+      "mov.b32 %1, {l, m};\n"
+      "}"
+      : "=r"(pieces.high), "=r"(pieces.low)
+      : "f"(a), "f"(b), "f"(c), "f"(d), "r"(0x50005000));  // 32, twice
+  return pieces;
+}
+
+// A power of two that brings a positive number to 128 or more, below 256, and its inverse.
+struct Scaling {
+  float factor;
+  float inverse;
+  __device__ explicit Scaling(float largest) {
+    // Within what both can be; NaN and infinity count as the largest number.
+    const int exponent = min(max(__float_as_int(largest) >> 23, 8), 254);
+    factor = __int_as_float((261 - exponent) << 23);
+    inverse = __int_as_float((exponent - 7) << 23);
   }
-}
-
-// Two bfloat16 values as the queries' type.
-template <typename Element>
-__device__ __forceinline__ uint32_t as_element(uint32_t x) {
-  if constexpr (std::is_same_v<Element, cutlass::bfloat16_t>) return x;
-  uint32_t y;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;"
-      : "=r"(y)
-      : "f"(__uint_as_float(x & 0xffff0000u)), "f"(__uint_as_float(x << 16)));
-  return y;
-}
+};
 
 }  // namespace jax_flashmla

@@ -46,11 +46,14 @@ struct GatherThread {
     warp = thread / 32 % kGatherWarps;
     lane = thread % 32;
   }
-  // The row of a block that a lane below 16 looks up, one of those that its warp copies.
-  __device__ __forceinline__ int looked_up() const { return lane / 4 * 16 + warp * 4 + lane % 4; }
+  // The row of a block that a lane looks up, one of the 16 that its warp copies; those from 16 on
+  // have the same as those below.
+  __device__ __forceinline__ int looked_up() const {
+    return lane % 16 / 4 * 16 + warp * 4 + lane % 4;
+  }
 };
 
-// Where the rows are that a lane below 16 looks up, one for each place in its lanes' turn.
+// Of the rows that its lanes copy in turn, those of a place that the lane looks up.
 __device__ __forceinline__ int* rows_of(GatherRows& rows, const GatherThread& thread) {
   return reinterpret_cast<int*>(&rows[thread.warp][thread.lane % 4]);
 }
@@ -114,15 +117,20 @@ __device__ __forceinline__ void gather_tiles(const KernelParams& p, const Work& 
   }
 }
 
-// Copies 16 bytes of every row.
-__device__ __forceinline__ void gather_vectors(const KernelParams& p, const Work& work,
-                                               GatherRows& rows, float4* target, int column) {
+// Copies four numbers of every row, each to a list of its own.
+__device__ __forceinline__ void gather_scales(const KernelParams& p, const Work& work,
+                                              GatherRows& rows, float (*target)[kBlock],
+                                              int column) {
   const GatherThread thread;
-  if (thread.lane >= 16) return;
-  const char* const first_row =
-      static_cast<const char*>(p.k_cache) + work.head * p.head_bytes + column;
-  copy_vector(p, first_row, rows_of(rows, thread)[thread.lane / 4],
-              reinterpret_cast<uint128_t*>(target)[thread.looked_up()]);
+  const int row = rows_of(rows, thread)[thread.lane % 16 / 4];
+  const int first = thread.lane / 16 * 2;
+  const char* const from = static_cast<const char*>(p.k_cache) + work.head * p.head_bytes + column +
+                           static_cast<int64_t>(row) * p.row_bytes;
+#pragma unroll
+  for (int i = first; i < first + 2; ++i) {
+    SM80_CP_ASYNC_CACHEALWAYS_ZFILL<float>::copy(reinterpret_cast<const float*>(from)[i],
+                                                 target[i][thread.looked_up()], row >= 0);
+  }
 }
 
 // Arrives when all that this thread has copied has landed.
