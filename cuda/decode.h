@@ -30,7 +30,7 @@ enum class KeyFormat { kPlain, kFp8PerTensor, kFp8Block };
 // that warps store and load whole lines: tiles of kPartialRows rows (the last one's may be more
 // than there are), in them tiles of eight columns, in them a float4 of each of 32 lanes. Lane i
 // has, of rows i / 4 and i / 4 + 8, columns 2 (i % 4) and the next.
-// Queries, keys, tile_scheduler_metadata and partial_out are aligned to 16 bytes.
+// Queries, keys, tile_scheduler_metadata, out and partial_out are aligned to 16 bytes.
 struct DecodeParams {
   DType dtype;
   KeyFormat key_format;

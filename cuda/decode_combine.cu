@@ -27,7 +27,7 @@ struct Tile {
   int kv_head;
   int row;     // the first
   int slice;   // of the columns
-  bool whole;  // the sequence was neither split nor empty: nothing to do
+  bool whole;  // the sequence was not split: nothing to do
   int splits;
   const float4* columns;  // of the first split
   const float* lse;
@@ -48,8 +48,7 @@ __device__ __forceinline__ Tile find_tile(const KernelParams& p,
   const int end = bounds[1];
   tile.group_seq = group_seq;
   tile.row = number * kPartialRows;
-  // Of an empty sequence there is no split: zeros are written, and the logarithm of zero.
-  tile.whole = end - begin == 1 || (end - begin < 1 && p.cache_seqlens[group_seq] > 0);
+  tile.whole = end - begin <= 1;
   // Any metadata keeps the kernel inside its buffers.
   const int slot = min(max(begin, 0), p.slots);
   tile.splits = min(end, p.slots) - slot;

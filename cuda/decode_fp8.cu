@@ -3,6 +3,7 @@
 #include <cutlass/arch/reg_reconfig.h>
 #include <cutlass/numeric_types.h>
 
+#include "cuda/decode_empty.cuh"
 #include "cuda/decode_fp8.h"
 #include "cuda/decode_fp8_scores.cuh"
 #include "cuda/decode_fp8_values.cuh"
@@ -67,6 +68,7 @@ __global__ void __launch_bounds__(kThreads, 1) fp8_kernel(const __grid_constant_
     cutlass::arch::NamedBarrier::arrive(kThreads, kReady);
     smem.work_known.wait(0);
     gather(p, smem);
+    write_empty<kWarpgroup>(p, smem.work, smem.work.tile * kFp8Rows, kFp8Rows, thread);
   } else {
     wait_for_kernel_before();
     if (threadIdx.x == 0) smem.work = check_plan(p, find_work(p));

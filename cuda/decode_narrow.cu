@@ -5,6 +5,7 @@
 #include <cutlass/numeric_types.h>
 
 #include "cuda/decode_copies.cuh"
+#include "cuda/decode_empty.cuh"
 #include "cuda/decode_gather.cuh"
 #include "cuda/decode_narrow.h"
 #include "cuda/decode_narrow_attend.cuh"
@@ -13,9 +14,10 @@
 namespace jax_flashmla {
 namespace {
 
-// Of the last warpgroup, two threads load, or all.
+// Of the last warpgroup, two threads load, or all; a warp writes what empty sequences have.
 inline constexpr int kKeyThread = kMathThreads;
 inline constexpr int kQueryThread = kMathThreads + 32;
+inline constexpr int kEmptyThread = kMathThreads + 96;  // the first
 // Named barriers for: memory is set up; it is, for the warps that copy row by row.
 inline constexpr int kReady = 2;
 inline constexpr int kLoaderReady = 3;
@@ -177,12 +179,17 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
       cutlass::arch::NamedBarrier::sync(kGatherThreads, kLoaderReady);
       cutlass::arch::NamedBarrier::arrive(kNarrowThreads, kReady);
       gather(p, maps, smem);
+      // Last: keys are waited for, and the others still have the last of them to multiply.
+      write_empty<kWarpgroup>(p, smem.work, 0, kNarrowRows, threadIdx.x % kWarpgroup);
     } else {
       const Work found = find_work(p, zero_of_lane());
       cutlass::arch::NamedBarrier::arrive(kNarrowThreads, kReady);
       const Work work = check_plan(p, found);
       if (threadIdx.x == kKeyThread) load_keys<kWindowed>(p, maps, smem, work);
       if (threadIdx.x == kQueryThread) load_queries<kWindowed>(p, maps, smem, work);
+      if (threadIdx.x >= kEmptyThread) {
+        write_empty<32>(p, work, 0, kNarrowRows, threadIdx.x % 32);
+      }
     }
   }
   __syncthreads();  // barriers of part of the CTA want all of it to be there

@@ -60,6 +60,7 @@ struct Work {
   int group;
   int head;  // KV head
   int tile;
+  int part;  // of the plan
   // Where the group begins, among all groups' sequences, entries of the block table, slots.
   int64_t first_seq;
   int64_t first_entry;
@@ -145,11 +146,11 @@ __device__ __forceinline__ uint32_t zero_of_lane() {
 __device__ __forceinline__ Work find_work(const KernelParams& p, uint32_t zero = 0) {
   // Row tiles first: CTAs that run side by side read the same keys.
   Work work;
-  int tile_group, head_group, part;
+  int tile_group, head_group;
   p.by_row_tiles(tile_group, work.tile, static_cast<int>(blockIdx.x));
   p.by_h_kv(head_group, work.head, tile_group);
-  p.by_num_parts(work.group, part, head_group);
-  const int64_t row = static_cast<int64_t>(work.group) * p.num_parts + part;
+  p.by_num_parts(work.group, work.part, head_group);
+  const int64_t row = static_cast<int64_t>(work.group) * p.num_parts + work.part;
   const int4* plan = reinterpret_cast<const int4*>(p.tile_scheduler_metadata) +
                      row * (kMetadataColumns / 4) + zero;
   const int4 range = plan[0];
@@ -180,7 +181,7 @@ struct Item {
   int last;
   int slot;                          // of the partial result, or one of these:
   static constexpr int kWhole = -1;  // the result goes to its place
-  static constexpr int kEmpty = -2;  // no key at all: left to the combine kernel
+  static constexpr int kEmpty = -2;  // no key at all: written elsewhere (decode_empty.cuh)
 
   __device__ int blocks() const { return last - first; }
 };
@@ -194,12 +195,28 @@ __device__ __forceinline__ int hidden_keys(const KernelParams& p, int token) {
   return max(p.most_hidden - token, 0);
 }
 
+__device__ __forceinline__ int find_length(const KernelParams& p, const Work& work, int seq) {
+  return min(max(p.cache_seqlens[work.first_seq + seq], 0), p.max_tokens);
+}
+
+// Where the plan says which slots a sequence's splits have, up to those of the next one.
+__device__ __forceinline__ const int32_t* find_splits(const KernelParams& p, const Work& work,
+                                                      int seq) {
+  return p.num_splits + work.first_seq + work.group + seq;
+}
+
+// Whether no partition attends to a sequence. A plan of before, with no split of what is no longer
+// empty, is as good as any.
+__device__ __forceinline__ bool is_empty(int splits, int length) {
+  return splits < 1 && length == 0;
+}
+
 // `kWindowed`: there may be a sliding window.
 template <bool kWindowed>
 __device__ __forceinline__ Item find_item(const KernelParams& p, const Work& work, int seq) {
   Item item;
   item.seq = seq;
-  item.length = min(max(p.cache_seqlens[work.first_seq + seq], 0), p.max_tokens);
+  item.length = find_length(p, work, seq);
   // The plan counts from the first block that any query sees.
   const int base = kWindowed ? max(item.length - p.most_hidden - p.window, 0) / kBlock : 0;
   const int blocks = (item.length + kBlock - 1) / kBlock - base;
@@ -207,12 +224,11 @@ __device__ __forceinline__ Item find_item(const KernelParams& p, const Work& wor
   item.last = seq == work.end_seq ? min(work.end_block, blocks) : blocks;
   item.last = max(item.first, item.last) + base;
   item.first += base;
-  const int32_t* splits = p.num_splits + work.first_seq + work.group + seq;
+  const int32_t* splits = find_splits(p, work, seq);
   const int split = seq == work.begin_seq ? work.begin_split : 0;
   const int slot = min(max(splits[0], 0) + split, p.slots - 1);
   const int count = splits[1] - splits[0];
-  // A plan of before, with no split of what is no longer empty, is as good as any.
-  const bool empty = count < 1 && item.length == 0;
+  const bool empty = is_empty(count, item.length);
   item.slot = count > 1 ? slot : empty ? Item::kEmpty : Item::kWhole;
   return item;
 }

@@ -3,6 +3,7 @@
 #include <cutlass/arch/reg_reconfig.h>
 #include <cutlass/numeric_types.h>
 
+#include "cuda/decode_empty.cuh"
 #include "cuda/decode_fp8.h"
 #include "cuda/decode_load.cuh"
 #include "cuda/decode_narrow.h"
@@ -84,10 +85,13 @@ __global__ void __launch_bounds__(kThreads, 1)
       __syncwarp();
       smem.work_known.wait(0);
       gather(p, maps, smem);
+      // Last: keys are waited for, and the others still have the last of them to multiply.
+      write_empty<kWarpgroup>(p, smem.work, smem.work.tile * kRowTile, kRowTile, thread);
     } else {
       if (thread == 0) load_keys<kCtas>(p, maps, smem, work);
       if (thread == 32) load_queries(p, maps, smem, work, kLeft);
       if (thread == 64) load_queries(p, maps, smem, work, kRight);
+      if (thread >= 96) write_empty<32>(p, work, work.tile * kRowTile, kRowTile, thread % 32);
     }
   } else {
     clear_missing_rows(p, smem.q, threadIdx.x);

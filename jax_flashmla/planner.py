@@ -21,8 +21,8 @@ within begin_seq, of the split that p computes first; p's later sequences start 
 
 `num_splits [b + 1]`: exclusive prefix sum of the splits per sequence (at least 1, or 0 of an empty
 one): the splits of sequence i have the slots num_splits[i] to num_splits[i + 1] in a buffer of
-partial results. There are at most b + num_sm_parts - 1 slots. The zeros of an empty sequence are
-written where splits are combined.
+partial results. There are at most b + num_sm_parts - 1 slots. The zeros of empty sequences are
+written by all thread blocks, whatever their partitions.
 
 How the cuts are found. Each sequence occupies an interval on a line: OVERHEAD_BLOCKS units for
 loading its queries and storing its results, then one unit per block; an empty sequence one unit.

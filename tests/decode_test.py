@@ -81,10 +81,18 @@ class DecodeTest(parameterized.TestCase):
     def test_softmax_scale(self, softmax_scale):
         self.check(problems.make_problem(self.rng, [70, 300]), softmax_scale=softmax_scale)
 
-    def test_half_of_a_batch_is_padding(self):
+    @parameterized.parameters(
+        {"h_q": 3},
+        {"h_q": 6, "h_kv": 2, "page": 16},
+        {"h_q": 128},
+        {"h_q": 74, "h_kv": 2, "s_q": 3},
+        {"h_q": 40, "s_q": 2, "page": 1},
+    )
+    def test_half_of_a_batch_is_padding(self, **options):
+        # In the narrow and the wide kernel, keys by the copy engine and row by row.
         lengths = self.rng.integers(1, 500, 128)
         lengths[self.rng.permutation(128)[:64]] = 0
-        self.check(problems.make_problem(self.rng, lengths, h_q=3))
+        self.check(problems.make_problem(self.rng, lengths, **options))
 
     def test_queries_as_a_pair_give_the_same(self):
         problem = problems.make_problem(self.rng, [5, 200, 0], s_q=2, h_q=6, h_kv=3)
@@ -155,7 +163,8 @@ class DecodeTest(parameterized.TestCase):
     @parameterized.parameters((1, 12000), (2, 2000))
     def test_results_do_not_depend_on_the_plan(self, s_q, longest):
         # From one partition for all sequences to one for each block.
-        problem = problems.make_problem(self.rng, [5, 0, longest, 300, 64], s_q=s_q)
+        lengths = [5, 0, longest, 300, 64, *[0] * 70]
+        problem = problems.make_problem(self.rng, lengths, s_q=s_q)
         want = oracle.decode(*problem.arrays)
         plain = oracle.decode(*problem.arrays, rounded_to=problem.q.dtype)
         for num_sms in (1, 2, 7, 132, 500):
