@@ -36,18 +36,37 @@ __device__ __forceinline__ int check_page(const KernelParams& p, const Work& wor
   return page < 0 || page >= p.num_blocks ? -1 : work.group * p.num_blocks + page;
 }
 
-// The pages of a block: one, or up to `kParts` small ones.
+// Which block of its page a block is.
+__device__ __forceinline__ int block_in_page(const KernelParams& p, int block) {
+  return block & ((1 << p.page_shift) - 1);
+}
+
+// Where a block's keys are: in the narrow kernel (`kParts` is 1) in a page; in the wide one in one
+// page or in up to `kParts` small ones, of which this is the first slice each
+// (kSliceTokens).
 template <int kParts>
 struct BlockPages {
   int of_part[kParts];
 
-  // `first`: what the table has for the first. The others are by then in the SM's cache.
+  // `first`: what the table has for the first page. The others are by then in the SM's cache, and
+  // all on their way before one of them is looked at.
   __device__ BlockPages(const KernelParams& p, const Work& work, int seq, int block, int first) {
+    if constexpr (kParts == 1) {
+      of_part[0] = check_page(p, work, first);
+    } else {
+      // Of a page that does not exist no slice does.
+      const int slices = p.page_tokens / kSliceTokens;
 #pragma unroll
-    for (int i = 1; i < kParts; ++i) {
-      if (i < p.parts) of_part[i] = check_page(p, work, load_page<kParts>(p, work, seq, block, i));
+      for (int i = 1; i < kParts; ++i) {
+        if (i < p.parts) of_part[i] = load_page<kParts>(p, work, seq, block, i);
+      }
+#pragma unroll
+      for (int i = 1; i < kParts; ++i) {
+        if (i < p.parts) of_part[i] = check_page(p, work, of_part[i]) * slices;
+      }
+      of_part[0] =
+          check_page(p, work, first) * slices + block_in_page(p, block) * (kBlock / kSliceTokens);
     }
-    of_part[0] = check_page(p, work, first);
   }
 };
 
@@ -58,19 +77,16 @@ __device__ __forceinline__ void load_key_tiles(const KernelParams& p, const Tens
                                                Element (*target)[kTileElements], int tile,
                                                int block, const BlockPages<kParts>& pages) {
   static_assert(kTiles == 1 || kTiles == kKeyBoxTiles);
-  if (kParts == 1 || p.parts == 1) {
-    const int row = (block & ((1 << p.page_shift) - 1)) * kBlock;
-    load_box<kCtas>(kTiles == 1 ? &maps.key_tile : &maps.keys, barrier, target, tile, work.head,
-                    pages.of_part[0], row);
-  } else if constexpr (kParts > 1) {
+  const CUtensorMap* const map = kTiles == 1 ? &maps.key_tile : &maps.keys;
+  if constexpr (kParts == 1) {
+    load_box<kCtas>(map, barrier, target, tile, work.head, pages.of_part[0],
+                    block_in_page(p, block) * kBlock);
+  } else {
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        if (part >= p.parts) break;
-        load_box<kCtas>(&maps.key_tile, barrier, target[i] + part * p.page_tokens * 64, tile + i,
-                        work.head, pages.of_part[part], 0);
-      }
+    for (int part = 0; part < kParts; ++part) {
+      if (part >= p.parts) break;
+      load_box<kCtas>(map, barrier, *target + part * p.page_tokens * (kTiles * 64), tile, work.head,
+                      pages.of_part[part], 0);
     }
   }
 }

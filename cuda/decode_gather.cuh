@@ -94,7 +94,9 @@ __device__ __forceinline__ void copy_vector(const KernelParams& p, const char* f
 }
 
 // Copies `count` swizzled tiles of 128 bytes a row, from byte `column` of the rows on; of the last
-// 16-byte vectors of a row, only the first `vectors`.
+// 16-byte vectors of a row, only the first `vectors`. With `kSliceTiles`, eight rows of each of so
+// many tiles are followed by the next eight: the wide kernel's PartLayout.
+template <int kSliceTiles = 1>
 __device__ __forceinline__ void gather_tiles(const KernelParams& p, const Work& work,
                                              const GatherRows& rows, void* target, int count,
                                              int column, int vectors = 8) {
@@ -103,17 +105,20 @@ __device__ __forceinline__ void gather_tiles(const KernelParams& p, const Work& 
   const int place = lane / 8;
   const int first = warp * 4 + place;
   if (vector >= vectors) return;
+  constexpr int kEightRows = 8 * 8;  // in vectors
+  constexpr int kNextTile = kSliceTiles == 1 ? kTileBytes / 16 : kEightRows;
+  constexpr int kNextRow = 2 * kSliceTiles * kEightRows;  // that the lane copies
 #pragma unroll 1
   for (int tile = 0; tile < count; ++tile) {
     const char* const first_row = static_cast<const char*>(p.k_cache) + work.head * p.head_bytes +
                                   column + tile * 128 + vector * 16;
-    uint128_t* const to = static_cast<uint128_t*>(target) + tile * (kTileBytes / 16) + first * 8 +
-                          (vector ^ first % 8);
+    uint128_t* const to = static_cast<uint128_t*>(target) + tile * kNextTile + first * 8 +
+                          first / 8 * ((kSliceTiles - 1) * kEightRows) + (vector ^ first % 8);
     const int4 four = rows[warp][place];
     copy_vector(p, first_row, four.x, to[0]);
-    copy_vector(p, first_row, four.y, to[1 * 16 * 8]);
-    copy_vector(p, first_row, four.z, to[2 * 16 * 8]);
-    copy_vector(p, first_row, four.w, to[3 * 16 * 8]);
+    copy_vector(p, first_row, four.y, to[1 * kNextRow]);
+    copy_vector(p, first_row, four.z, to[2 * kNextRow]);
+    copy_vector(p, first_row, four.w, to[3 * kNextRow]);
   }
 }
 

@@ -149,8 +149,8 @@ __device__ __forceinline__ void gather(const KernelParams& p, const TensorMaps& 
         FullBarrier& barrier = smem.half_full[half.slot][part];
         barrier.wait(half.parity ^ 1);  // as in load_keys
         smem.half_empty[half.slot][part].wait(half.parity ^ 1);
-        gather_tiles(p, work, smem.rows, smem.halves[half.slot][tile % kHalfTiles], kPartTiles,
-                     tile * 128);
+        gather_tiles<kPartTiles>(p, work, smem.rows, smem.halves[half.slot][tile % kHalfTiles],
+                                 kPartTiles, tile * 128);
         arrive_after_copies(barrier);
         if (part == kParts - 1) half.advance();
       }

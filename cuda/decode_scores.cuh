@@ -59,15 +59,15 @@ __device__ __forceinline__ void issue_left(SharedMemory<Element>& smem, const Qu
   warpgroup_fence_operand(scores);
   mma.accumulate_ = GMMA::ScaleOut::Zero;
 #pragma unroll
-  for (int tile = 0; tile < kHalfTiles; ++tile) {
-    if (tile % kPartTiles == 0)
-      wait_for_keys<kSource>(smem.half_full[half.slot][tile / kPartTiles], half.parity);
+  for (int part = 0; part < kParts; ++part) {
+    wait_for_keys<kSource>(smem.half_full[half.slot][part], half.parity);
     warpgroup_arrive();
-    Element* const keys = smem.halves[half.slot][tile];
-    Tensor b = slice.partition_fragment_B(make_tensor(make_smem_ptr(keys), TileLayout<Element>{}));
+    Element* const keys = smem.halves[half.slot][part * kPartTiles];
+    Tensor b = slice.partition_fragment_B(make_tensor(make_smem_ptr(keys), PartLayout<Element>{}));
+    constexpr int kPartSteps = kPartTiles * kSteps;
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      cute::gemm(mma, q_left(_, _, tile * kSteps + step), b(_, _, step), scores);
+    for (int step = 0; step < kPartSteps; ++step) {
+      cute::gemm(mma, q_left(_, _, part * kPartSteps + step), b(_, _, step), scores);
       mma.accumulate_ = GMMA::ScaleOut::One;
     }
   }
@@ -81,21 +81,23 @@ __device__ __forceinline__ void issue_right(SharedMemory<Element>& smem, Ring<kH
                                             Scores& scores) {
   SharedScoresMma<Element> mma;
   const auto slice = mma.get_slice(thread);
-  const auto issue = [&](Element* queries, Element* keys) __attribute__((always_inline)) {
+  const auto issue = [&](Element* queries, auto queries_layout, Element* keys,
+                         auto keys_layout) __attribute__((always_inline)) {
     warpgroup_arrive();
-    Tensor a =
-        slice.partition_fragment_A(make_tensor(make_smem_ptr(queries), TileLayout<Element>{}));
-    Tensor b = slice.partition_fragment_B(make_tensor(make_smem_ptr(keys), TileLayout<Element>{}));
+    Tensor a = slice.partition_fragment_A(make_tensor(make_smem_ptr(queries), queries_layout));
+    Tensor b = slice.partition_fragment_B(make_tensor(make_smem_ptr(keys), keys_layout));
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) cute::gemm(mma, a(_, _, step), b(_, _, step), scores);
+    for (int step = 0; step < size<2>(a); ++step) {
+      cute::gemm(mma, a(_, _, step), b(_, _, step), scores);
+    }
   };
   wait_for_keys<kSource>(smem.rope_full[rope.slot], rope.parity);
-  issue(smem.q[kHalfTiles], smem.rope[rope.slot]);
+  issue(smem.q[kHalfTiles], TileLayout<Element>{}, smem.rope[rope.slot], TileLayout<Element>{});
 #pragma unroll
-  for (int tile = 0; tile < kHalfTiles; ++tile) {
-    if (tile % kPartTiles == 0)
-      wait_for_keys<kSource>(smem.half_full[half.slot][tile / kPartTiles], half.parity);
-    issue(smem.q[tile], smem.halves[half.slot][tile]);
+  for (int part = 0; part < kParts; ++part) {
+    wait_for_keys<kSource>(smem.half_full[half.slot][part], half.parity);
+    issue(smem.q[part * kPartTiles], QueriesLayout<Element>{},
+          smem.halves[half.slot][part * kPartTiles], PartLayout<Element>{});
   }
   half.advance();
   warpgroup_commit_batch();
@@ -139,9 +141,11 @@ __device__ __forceinline__ void clear_keys(SharedMemory<Element>& smem,
     for (int i = thread; i < (end - begin) * kVectors; i += kWarpgroup) {
       const int row = begin + i / kVectors;
       const int vector = i % kVectors;
-      // Swizzling permutes vectors inside a row of a tile: all of them are cleared.
-      uint4* tile = reinterpret_cast<uint4*>(smem.halves[slot][vector / 8]);
-      tile[row * 8 + vector % 8] = make_uint4(0, 0, 0, 0);
+      const int tile = vector / 8;
+      uint4* part = reinterpret_cast<uint4*>(smem.halves[slot][tile / kPartTiles * kPartTiles]);
+      // As in PartLayout. Swizzling permutes vectors inside a row of a tile: all are cleared.
+      const int slice = row / 8 * kPartTiles + tile % kPartTiles;
+      part[(slice * 8 + row % 8) * 8 + vector % 8] = make_uint4(0, 0, 0, 0);
     }
   }
 }

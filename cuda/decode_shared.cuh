@@ -37,20 +37,24 @@ inline constexpr int kRopeSlots = 3;
 // A half of the values is multiplied in two parts, each released as soon as it is done with.
 inline constexpr int kParts = 2;
 inline constexpr int kPartTiles = kHalfTiles / kParts;
-static_assert(kPartTiles == kKeyBoxTiles, "a part is one copy");
+static_assert(kPartTiles == kKeyBoxTiles, "a box has all tiles of a part");
 
 // One 64 x 64 tile, rows of 128 bytes, swizzled: what TMA writes and wgmma reads.
 template <typename Element>
 using TileLayout = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<Element>{}, Shape<_64, _64>{}));
-// `kCount` tiles side by side.
-template <typename Element, int kCount>
-using TilesLayout =
-    decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<Element>{}, Shape<_64, Int<kCount * 64>>{}));
-// A part of a half of a block's values, seen as B of the second product: (value column, key).
+// As many tiles of queries as a part has, one behind the other.
 template <typename Element>
-using ValueLayout =
-    decltype(composition(TilesLayout<Element, kPartTiles>{},
-                         make_layout(Shape<Int<kPartTiles * 64>, _64>{}, Stride<_64, _1>{})));
+using QueriesLayout = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<Element>{},
+                                             Shape<_64, Int<kPartTiles * 64>>{}));
+// A part of a half of a block: eight keys of each of its tiles, then the next eight. Thus one copy
+// brings all columns of a page of any size.
+template <typename Element>
+using PartLayout = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<Element>{},
+                                          Shape<_64, Int<kPartTiles * 64>>{}, Step<_2, _1>{}));
+// The same, seen as B of the second product: (value column, key).
+template <typename Element>
+using ValueLayout = decltype(composition(
+    PartLayout<Element>{}, make_layout(Shape<Int<kPartTiles * 64>, _64>{}, Stride<_64, _1>{})));
 
 using FullBarrier = cutlass::arch::ClusterTransactionBarrier;
 using EmptyBarrier = cutlass::arch::ClusterBarrier;

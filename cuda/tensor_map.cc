@@ -1,5 +1,7 @@
 #include "cuda/tensor_map.h"
 
+#include <algorithm>
+
 namespace jax_flashmla {
 namespace {
 
@@ -34,13 +36,17 @@ cudaError_t make_map(DType dtype, const void* data, const cuuint64_t (&extents)[
 
 cudaError_t make_key_map(const DecodeParams& p, cuuint32_t tiles, CUtensorMap* map) {
   const cuuint64_t row_bytes = static_cast<cuuint64_t>(p.key_stride) * 2;
-  const cuuint64_t page = p.page_tokens;
-  const cuuint32_t rows = p.page_tokens < kBlockTokens ? p.page_tokens : kBlockTokens;
+  const cuuint32_t page_tokens = p.page_tokens;
+  const cuuint32_t tokens = std::min<cuuint32_t>(page_tokens, kBlockTokens);  // of a box
+  // Of what the map takes for a page, and of as much of that as a box has.
+  const cuuint32_t page =
+      is_narrow(p) ? page_tokens : std::min<cuuint32_t>(page_tokens, kSliceTokens);
+  const cuuint32_t rows = std::min(tokens, page);
   const cuuint64_t h_kv = p.h_kv;
-  const cuuint64_t pages = static_cast<cuuint64_t>(p.groups) * p.num_blocks;
+  const cuuint64_t pages = static_cast<cuuint64_t>(p.groups) * p.num_blocks * (page_tokens / page);
   return make_map<5>(p.dtype, p.k_cache, {64, page, kHeadDim / 64, h_kv, pages},
                      {h_kv * row_bytes, 128, row_bytes, page * h_kv * row_bytes},
-                     {64, rows, tiles, 1, 1}, map);
+                     {64, rows, tiles, 1, tokens / rows}, map);
 }
 
 int query_box_rows(const DecodeParams& p) {

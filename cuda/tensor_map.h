@@ -9,12 +9,15 @@
 namespace jax_flashmla {
 
 inline constexpr int kKeyBoxTiles = 2;  // of the larger box of keys
+inline constexpr int kSliceTokens = 8;  // of a slice: after so many rows the swizzle begins anew
 
 // All boxes are of tiles 64 columns wide, swizzled by 128 bytes.
 struct TensorMaps {
   // k_cache, coordinates (column of a tile, token of the page, tile, KV head, page of all groups'),
   // boxes of a block's tokens, or a page's if that is smaller, and kKeyBoxTiles tiles, or one.
-  // Other pages read as zeros.
+  // Other pages read as zeros. For the wide kernel, pages are cut into slices of kSliceTokens,
+  // which take the place of pages: a box has as many as make up its tokens, and brings of each
+  // slice the rows of the first tile, then those of the second.
   CUtensorMap keys;
   CUtensorMap key_tile;
   // All query rows, coordinates (column of a tile, row, tile), boxes of q_box_rows rows: as many of

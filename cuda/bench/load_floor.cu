@@ -13,6 +13,8 @@ struct FloorMemory {
   FullBarrier full[kSlots];
 };
 
+// `kParts`: as in the kernel whose tensor maps these are.
+template <int kParts>
 __global__ void __launch_bounds__(32) load_floor_kernel(const __grid_constant__ KernelParams p,
                                                         const __grid_constant__ TensorMaps maps) {
   extern __shared__ __align__(1024) char raw[];
@@ -34,7 +36,7 @@ __global__ void __launch_bounds__(32) load_floor_kernel(const __grid_constant__ 
       if (lane == 0) smem.full[slot.slot].arrive_and_expect_tx(kTiles * kTileBytes);
       __syncwarp();
       const int tile = lane * kKeyBoxTiles;
-      const BlockPages<1> pages(p, work, seq, block, load_page<1>(p, work, seq, block));
+      const BlockPages<kParts> pages(p, work, seq, block, load_page<kParts>(p, work, seq, block));
       auto* const target = &smem.k[slot.slot][tile];
       FullBarrier& full = smem.full[slot.slot];
       if (tile < kRopeTile) {
@@ -62,11 +64,11 @@ cudaError_t launch_load_floor(const DecodeParams& p, cudaStream_t stream) {
   cudaError_t error = make_tensor_maps(p, &maps);
   if (error != cudaSuccess) return error;
   constexpr int kBytes = sizeof(FloorMemory);
-  error =
-      cudaFuncSetAttribute(load_floor_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  const auto kernel = is_narrow(p) ? load_floor_kernel<1> : load_floor_kernel<kMaxParts>;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
   const unsigned ctas = static_cast<unsigned>(p.groups * p.num_parts * p.h_kv);
-  load_floor_kernel<<<ctas, 32, kBytes, stream>>>(KernelParams(p), maps);
+  kernel<<<ctas, 32, kBytes, stream>>>(KernelParams(p), maps);
   return cudaGetLastError();
 }
 
