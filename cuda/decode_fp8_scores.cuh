@@ -161,9 +161,9 @@ __device__ __forceinline__ void compute_scores(typename Fp8Memory<kFormat>::Bloc
         if (kBlocks && tile == kFp8Tiles) {
           score = fmaf(score, q.scale, high + low);
         } else if (kBlocks) {
-          score = fmaf(fmaf(low, kLowPiece, high), i == 0 ? scale.x : scale.y, score);
+          score = fmaf(fmaf(low, kLowQuery, high), i == 0 ? scale.x : scale.y, score);
         } else {
-          score = fmaf(low, kLowPiece, score) + high;
+          score = fmaf(low, kLowQuery, score) + high;
         }
       }
     }
@@ -197,14 +197,37 @@ __device__ __forceinline__ float over_quad(float x, const Combine& combine) {
   return combine(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
 
-// Writes a row's weights, below 256: four keys of every 16 a thread, in the order in which it has
-// them. The values have the same (decode_fp8_values.cuh).
+// Four weights from 0 to 1 as pieces of 256 times as much. A 16-bit float has, below its sign and a
+// bit that is zero in what is below 2, the seven bits of the e4m3 number 256 times as large, and
+// what these leave over behind them. (The tensor core's own conversions take four times as long.)
+__device__ __forceinline__ Pieces split_weights(const float* x) {
+  uint32_t high[2], low[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    uint32_t both;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(x[2 * i + 1]), "f"(x[2 * i]));
+    both = (both + 0x00040004) & 0xfff8fff8;  // rounds to what both pieces can have
+    const uint32_t first = both & 0xff80ff80;
+    asm("{\n"
+        ".reg .b32 r;\n"
+        "sub.rn.f16x2 r, %1, %2;\n"
+        "mul.rn.f16x2 %0, r, %3;\n"
+        "}"
+        : "=r"(low[i])
+        : "r"(both), "r"(first), "r"(0x4c004c00));  // 16, twice
+    high[i] = first >> 7;
+    low[i] >>= 7;
+  }
+  return {__byte_perm(high[0], high[1], 0x6420), __byte_perm(low[0], low[1], 0x6420)};
+}
+
+// Writes a row's weights: four keys of every 16 a thread, in the order in which it has them. The
+// values have the same (decode_fp8_values.cuh).
 __device__ __forceinline__ void write_pieces(uint8_t* set, int row, int lane,
                                              const float (&weights)[16]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float* four = weights + i * 4;
-    const Pieces pieces = split(four[0], four[1], four[2], four[3]);
+    const Pieces pieces = split_weights(weights + i * 4);
     uint8_t* const at = set + row * 2 * kBlock + (i ^ row % 4) * 16 + lane % 4 * 4;
     *reinterpret_cast<uint32_t*>(at) = pieces.high;
     *reinterpret_cast<uint32_t*>(at + kBlock) = pieces.low;
@@ -241,17 +264,23 @@ __device__ __forceinline__ void run_fp8_scores(const KernelParams& p, Fp8Memory<
         float scores[16];
         compute_scores<kFormat>(smem.blocks[slot.slot], q, lane, scores);
         const BlockView<true> view(p, item, block);
+        if (p.cap_scale != 0) {
+#pragma unroll
+          for (int i = 0; i < 16; ++i) scores[i] = capped(p, scores[i] * scale);
+        }
+        const float to_base_2 = (p.cap_scale != 0 ? 1 : scale) * p.score_scale;
+#pragma unroll
+        for (int i = 0; i < 16; ++i) scores[i] *= to_base_2;
+        if (!view.whole) {
+#pragma unroll
+          for (int i = 0; i < 16; ++i) {
+            const int key = i / 2 * 8 + lane % 4 * 2 + i % 2;
+            if (!view.seen(p, key, hidden)) scores[i] = -INFINITY;
+          }
+        }
         float top = -FLT_MAX;
 #pragma unroll
-        for (int i = 0; i < 16; ++i) {
-          float& score = scores[i];
-          score *= scale;
-          if (p.cap_scale != 0) score = capped(p, score);
-          const int key = i / 2 * 8 + lane % 4 * 2 + i % 2;
-          const bool seen = view.whole || view.seen(p, key, hidden);
-          score = seen ? score * p.score_scale : -INFINITY;
-          top = fmaxf(top, score);
-        }
+        for (int i = 0; i < 16; ++i) top = fmaxf(top, scores[i]);
         top = over_quad(top, larger);
         const float before = base;
         base = top > base + kMaxLag ? top : base;
@@ -259,9 +288,9 @@ __device__ __forceinline__ void run_fp8_scores(const KernelParams& p, Fp8Memory<
         const float factor = exp2_approx(top - base);
         float part = 0;
 #pragma unroll
-        for (float& score : scores) {
-          score = exp2_approx(score - top);
-          part += score;
+        for (int i = 0; i < 16; ++i) {
+          scores[i] = exp2_approx(scores[i] - top);
+          part += scores[i];
         }
         sum = fmaf(sum, rescale, part * factor);
         const bool last = block + 1 == item.last;
@@ -269,10 +298,10 @@ __device__ __forceinline__ void run_fp8_scores(const KernelParams& p, Fp8Memory<
         smem.weights_empty[turn.slot].wait(turn.parity ^ 1);
 #pragma unroll
         for (int set = 0; set < smem.kSets; ++set) {
-          float scaled[16];
-          float back;
+          float back = kWeightInverse;
           if constexpr (kBlocks) {
-            // Of the values' scales, too, what is largest becomes one that pieces can be.
+            // Times the values' scales; the largest becomes one that pieces can be.
+            float scaled[16];
             float largest = 0;
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
@@ -284,14 +313,12 @@ __device__ __forceinline__ void run_fp8_scores(const KernelParams& p, Fp8Memory<
             }
             const Scaling scaling(over_quad(largest, larger));
 #pragma unroll
-            for (float& x : scaled) x *= scaling.factor;
+            for (int i = 0; i < 16; ++i) scaled[i] *= scaling.factor * kWeightInverse;
             back = scaling.inverse;
+            write_pieces(weights.pieces[set], row, lane, scaled);
           } else {
-#pragma unroll
-            for (int i = 0; i < 16; ++i) scaled[i] = scores[i] * 256;
-            back = 1.0f / 256;
+            write_pieces(weights.pieces[set], row, lane, scores);
           }
-          write_pieces(weights.pieces[set], row, lane, scaled);
           if (writer) weights.factor[set][row_slot(row)] = factor * back;
         }
         if (last) total = over_quad(sum, plus);

@@ -17,7 +17,9 @@ inline constexpr int kScaleBytes = kFp8Tiles * 4;   // of a row of fp8_block
 // pieces, of which the second is what the first leaves over, times 32. Together they have eight
 // bits, as bfloat16 has, and are two rows of a product, which has 64 of them.
 inline constexpr int kPieces = 2;
-inline constexpr float kLowPiece = 1.0f / 32;
+inline constexpr float kLowQuery = 1.0f / 32;
+inline constexpr float kLowWeight = 1.0f / 16;
+inline constexpr float kWeightInverse = 1.0f / 256;
 static_assert(kPieces * kFp8Rows == 64, "the rows of a warpgroup's product");
 
 template <KeyFormat kFormat>

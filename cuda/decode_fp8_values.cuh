@@ -68,8 +68,8 @@ __device__ __forceinline__ void add_sums(const Sums& sums, const float (&factor)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int j = quad * 4 + i;
-      const float even = fmaf(sums(4 * j + 1), kLowPiece, sums(4 * j));
-      const float odd = fmaf(sums(4 * j + 3), kLowPiece, sums(4 * j + 2));
+      const float even = fmaf(sums(4 * j + 1), kLowWeight, sums(4 * j));
+      const float odd = fmaf(sums(4 * j + 3), kLowWeight, sums(4 * j + 2));
       out[j].x = fmaf(even, by[i], out[j].x);
       out[j].y = fmaf(odd, by[i], out[j].y);
     }
