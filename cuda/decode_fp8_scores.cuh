@@ -1,5 +1,4 @@
-// The scores warpgroup of the split kernel for FP8 caches: S = Q K^T, and from it the weights P as
-// e4m3 pieces.
+// The scores warpgroup of the split kernel for FP8 caches: S = Q K^T, and from it the weights P.
 #pragma once
 
 #include "cuda/decode_fp8_shared.cuh"
@@ -161,9 +160,9 @@ __device__ __forceinline__ void compute_scores(typename Fp8Memory<kFormat>::Bloc
         if (kBlocks && tile == kFp8Tiles) {
           score = fmaf(score, q.scale, high + low);
         } else if (kBlocks) {
-          score = fmaf(fmaf(low, kLowQuery, high), i == 0 ? scale.x : scale.y, score);
+          score = fmaf(fmaf(low, kLowPiece, high), i == 0 ? scale.x : scale.y, score);
         } else {
-          score = fmaf(low, kLowQuery, score) + high;
+          score = fmaf(low, kLowPiece, score) + high;
         }
       }
     }
@@ -197,41 +196,32 @@ __device__ __forceinline__ float over_quad(float x, const Combine& combine) {
   return combine(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
 
-// Four weights from 0 to 1 as pieces of 256 times as much. A 16-bit float has, below its sign and a
-// bit that is zero in what is below 2, the seven bits of the e4m3 number 256 times as large, and
-// what these leave over behind them. (The tensor core's own conversions take four times as long.)
-__device__ __forceinline__ Pieces split_weights(const float* x) {
-  uint32_t high[2], low[2];
+// Writes the weights of a warp's rows. A thread's pairs are those of a matrix of 8 x 8 for every
+// eight keys.
+__device__ __forceinline__ void write_weights(half_t* p, int first_row, int lane,
+                                              const float (&weights)[16]) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    uint32_t both;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(x[2 * i + 1]), "f"(x[2 * i]));
-    both = (both + 0x00040004) & 0xfff8fff8;  // rounds to what both pieces can have
-    const uint32_t first = both & 0xff80ff80;
-    asm("{\n"
-        ".reg .b32 r;\n"
-        "sub.rn.f16x2 r, %1, %2;\n"
-        "mul.rn.f16x2 %0, r, %3;\n"
-        "}"
-        : "=r"(low[i])
-        : "r"(both), "r"(first), "r"(0x4c004c00));  // 16, twice
-    high[i] = first >> 7;
-    low[i] >>= 7;
+    uint32_t pairs[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float* pair = &weights[i * 8 + j * 2];
+      asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pairs[j]) : "f"(pair[1]), "f"(pair[0]));
+    }
+    SM90_U32x4_STSM_N::copy(pairs[0], pairs[1], pairs[2], pairs[3],
+                            *fp8_vector(p, first_row + lane % 8, i * 4 + lane / 8));
   }
-  return {__byte_perm(high[0], high[1], 0x6420), __byte_perm(low[0], low[1], 0x6420)};
 }
 
-// Writes a row's weights: four keys of every 16 a thread, in the order in which it has them. The
-// values have the same (decode_fp8_values.cuh).
-__device__ __forceinline__ void write_pieces(uint8_t* set, int row, int lane,
-                                             const float (&weights)[16]) {
+// Of 16 numbers.
+template <typename Combine>
+__device__ __forceinline__ float over_all(const float (&x)[16], const Combine& combine) {
+  float parts[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const Pieces pieces = split_weights(weights + i * 4);
-    uint8_t* const at = set + row * 2 * kBlock + (i ^ row % 4) * 16 + lane % 4 * 4;
-    *reinterpret_cast<uint32_t*>(at) = pieces.high;
-    *reinterpret_cast<uint32_t*>(at + kBlock) = pieces.low;
+    parts[i] = combine(combine(x[i], x[i + 4]), combine(x[i + 8], x[i + 12]));
   }
+  return combine(combine(parts[0], parts[1]), combine(parts[2], parts[3]));
 }
 
 template <KeyFormat kFormat, typename Element>
@@ -278,49 +268,17 @@ __device__ __forceinline__ void run_fp8_scores(const KernelParams& p, Fp8Memory<
             if (!view.seen(p, key, hidden)) scores[i] = -INFINITY;
           }
         }
-        float top = -FLT_MAX;
-#pragma unroll
-        for (int i = 0; i < 16; ++i) top = fmaxf(top, scores[i]);
-        top = over_quad(top, larger);
+        const float top = over_quad(over_all(scores, larger), larger);
         const float before = base;
         base = top > base + kMaxLag ? top : base;
         const float rescale = exp2_approx(before - base);
-        const float factor = exp2_approx(top - base);
-        float part = 0;
 #pragma unroll
-        for (int i = 0; i < 16; ++i) {
-          scores[i] = exp2_approx(scores[i] - top);
-          part += scores[i];
-        }
-        sum = fmaf(sum, rescale, part * factor);
+        for (int i = 0; i < 16; ++i) scores[i] = exp2_approx(scores[i] - base);
+        sum = fmaf(sum, rescale, over_all(scores, plus));
         const bool last = block + 1 == item.last;
         auto& weights = smem.weights[turn.slot];
         smem.weights_empty[turn.slot].wait(turn.parity ^ 1);
-#pragma unroll
-        for (int set = 0; set < smem.kSets; ++set) {
-          float back = kWeightInverse;
-          if constexpr (kBlocks) {
-            // Times the values' scales; the largest becomes one that pieces can be.
-            float scaled[16];
-            float largest = 0;
-#pragma unroll
-            for (int j = 0; j < 8; ++j) {
-              const float2 two = *reinterpret_cast<const float2*>(
-                  &smem.blocks[slot.slot].scales[set][j * 8 + lane % 4 * 2]);
-              scaled[2 * j] = scores[2 * j] * two.x;
-              scaled[2 * j + 1] = scores[2 * j + 1] * two.y;
-              largest = fmaxf(largest, fmaxf(scaled[2 * j], scaled[2 * j + 1]));
-            }
-            const Scaling scaling(over_quad(largest, larger));
-#pragma unroll
-            for (int i = 0; i < 16; ++i) scaled[i] *= scaling.factor * kWeightInverse;
-            back = scaling.inverse;
-            write_pieces(weights.pieces[set], row, lane, scaled);
-          } else {
-            write_pieces(weights.pieces[set], row, lane, scores);
-          }
-          if (writer) weights.factor[set][row_slot(row)] = factor * back;
-        }
+        write_weights(weights.p, thread / 32 * 8, lane, scores);
         if (last) total = over_quad(sum, plus);
         if (writer) {
           weights.rescale[row_slot(row)] = block == item.first ? 1 : rescale;

@@ -13,20 +13,17 @@ using E4M3 = cutlass::float_e4m3_t;
 inline constexpr int kFp8Tiles = kLatentDim / 128;  // of 128 bytes a row: a scale's columns each
 inline constexpr int kScaleBytes = kFp8Tiles * 4;   // of a row of fp8_block
 
-// What meets e4m3 is e4m3, too, so that the tensor cores need no wider copy of the cache: two
-// pieces, of which the second is what the first leaves over, times 32. Together they have eight
-// bits, as bfloat16 has, and are two rows of a product, which has 64 of them.
+// Queries meet e4m3 keys as e4m3, so that the tensor cores need no wider copy of them: two pieces,
+// of which the second is what the first leaves over, times 32. Together they have eight bits, as
+// bfloat16 has, and are two rows of a product, which has 64 of them.
 inline constexpr int kPieces = 2;
-inline constexpr float kLowQuery = 1.0f / 32;
-inline constexpr float kLowWeight = 1.0f / 16;
-inline constexpr float kWeightInverse = 1.0f / 256;
+inline constexpr float kLowPiece = 1.0f / 32;
 static_assert(kPieces * kFp8Rows == 64, "the rows of a warpgroup's product");
 
 template <KeyFormat kFormat>
 struct Fp8Memory {
   static constexpr bool kBlocks = kFormat == KeyFormat::kFp8Block;
-  static constexpr int kSlots = kBlocks ? 4 : 5;         // blocks of keys
-  static constexpr int kSets = kBlocks ? kFp8Tiles : 1;  // of weights: a tile's are its own
+  static constexpr int kSlots = kBlocks ? 4 : 5;  // blocks of keys
   struct alignas(1024) Block {
     uint8_t latent[kFp8Tiles][kTileBytes];
     // 64 e4m3 or 64 bfloat16 values a row, the former with as many bytes behind them unused.
@@ -34,11 +31,10 @@ struct Fp8Memory {
     float scales[kFp8Tiles][kBlock];  // of fp8_block
   };
   struct alignas(1024) Weights {
-    uint8_t pieces[kSets][64 * kBlock];  // [query row and piece, key], swizzled by 64 bytes
+    half_t p[kFp8Rows * kBlock];  // [query row, key], swizzled
     // Of a query row, in the order of `row_slot`.
-    float factor[kSets][kFp8Rows];  // of what a block adds to the output
-    float rescale[kFp8Rows];        // of the output so far
-    float inverse[kFp8Rows];        // of the sum, with an item's last block
+    float rescale[kFp8Rows];  // of the output so far
+    float inverse[kFp8Rows];  // of the sum, with an item's last block
   };
   Block blocks[kSlots];
   Weights weights[2];
@@ -56,12 +52,14 @@ static_assert(sizeof(Fp8Memory<KeyFormat::kFp8Block>) <= 232448, "an SM has 227 
 // Registers are scarce: nothing that comes of the lane is to be in one from before.
 __device__ __forceinline__ void keep_nothing_of(int& lane) { asm volatile("" : "+r"(lane)); }
 
-// A thread of the values has every fourth query row: its eight lie side by side.
-__device__ __forceinline__ int row_slot(int row) { return row % 4 * (kFp8Rows / 4) + row / 4; }
+// A thread of the values has two of every eight query rows: its eight lie side by side.
+__device__ __forceinline__ int row_slot(int row) {
+  return row % 8 / 2 * (kFp8Rows / 4) + row / 8 * 2 + row % 2;
+}
 
 // The address of a 16-byte vector of a swizzled tile of 128-byte rows.
-__device__ __forceinline__ uint128_t& fp8_vector(uint8_t* tile, int row, int vector) {
-  return reinterpret_cast<uint128_t*>(tile)[row * 8 + (vector ^ row % 8)];
+__device__ __forceinline__ uint128_t* fp8_vector(void* tile, int row, int vector) {
+  return static_cast<uint128_t*>(tile) + row * 8 + (vector ^ row % 8);
 }
 
 // Two pairs of e4m3 values.

@@ -1,79 +1,117 @@
 // The value warpgroups of the split kernel for FP8 caches: O^T = V^T P^T, each its half of the
-// columns. So the values, which lie key by key, are an operand of registers, where bytes can be put
-// in order; in shared memory e4m3 operands lie with the keys side by side.
+// columns. So the values are an operand of registers, and are widened on their way there.
 #pragma once
 
 #include "cuda/decode_fp8_shared.cuh"
 
 namespace jax_flashmla {
 
-using Fp8ValuesMma =
-    decltype(make_tiled_mma(GMMA::rs_op_selector<E4M3, E4M3, float, Shape<_64, _64, _32>,
-                                                 GMMA::Major::K, GMMA::Major::K>()));
-using PieceLayout = decltype(tile_to_shape(GMMA::Layout_K_SW64_Atom<E4M3>{}, Shape<_64, _64>{}));
+using Fp8ValuesMma = decltype(make_tiled_mma(
+    GMMA::rs_op_selector<half_t, half_t, float, Shape<_64, Int<kFp8Rows>, _16>, GMMA::Major::K,
+                         GMMA::Major::K>()));
+using WeightsLayout = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<half_t>{},
+                                             Shape<Int<kFp8Rows>, Int<kBlock>>{}));
 
 inline constexpr int kColumnTiles = kHalfTiles;   // of 64 value columns, of a warpgroup
-inline constexpr int kThreadRows = kFp8Rows / 4;  // every fourth query row
+inline constexpr int kThreadRows = kFp8Rows / 4;  // two of every eight query rows
+inline constexpr int kSteps16 = kBlock / 16;      // of a block's keys, of a product
 
-// What a warp has of an output: of each tile of 64 columns 16, a thread two neighbours of them.
-using Fp8Output = float2[kColumnTiles][kThreadRows];
+// Of 16 columns of each tile a thread has two neighbours, for kThreadRows rows: of row i of a tile
+// the even column is at `even(tile, i)`, the odd one two further.
+using Fp8Output =
+    decltype(partition_fragment_C(Fp8ValuesMma{}, Shape<Int<kColumnTiles * 64>, Int<kFp8Rows>>{}));
+__device__ __forceinline__ constexpr int even(int tile, int row) {
+  return tile * kThreadRows * 2 + row / 2 * 4 + row % 2;
+}
 
-// 16 columns of a warp and all keys of a block as the operand A of two steps. Transposed as 16-bit
-// pairs, a thread has two columns of two keys: the even columns are its first row, the odd ones its
-// second. Keys come in the order of `write_pieces`.
-template <typename Fragment>
-__device__ __forceinline__ void read_values(uint8_t* tile, int vector, int lane, Fragment& a) {
+// What a thread multiplies values with: with a scale for each key, pairs of neighbours' as 16-bit
+// floats.
+struct KeyScales {
+  uint32_t pairs[kBlock / 8];
+};
+
+// Two e4m3 values each of the lower and the upper half of a register, as 16-bit floats: exact.
+__device__ __forceinline__ void widen(uint32_t x, uint32_t& lower, uint32_t& upper) {
+  asm("{\n.reg .b16 l, u;\nmov.b32 {l, u}, %2;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, l;\ncvt.rn.f16x2.e4m3x2 %1, u;\n}"
+      : "=r"(lower), "=r"(upper)
+      : "r"(x));
+}
+
+// 16 columns of a warp and all keys of a block as the operand A. Transposed as 16-bit pairs, a
+// thread has two columns of two keys of every eight: the even columns are its first row, the odd
+// ones its second.
+template <bool kScaled, typename Fragment>
+__device__ __forceinline__ void read_values(uint8_t* tile, int vector, int lane,
+                                            const KeyScales& scales, Fragment& a) {
   Tensor words = recast<uint32_t>(a);
 #pragma unroll
-  for (int step = 0; step < 2; ++step) {
-    uint32_t pairs[4];
-    SM75_U16x8_LDSM_T::copy(fp8_vector(tile, step * 32 + lane, vector), pairs[0], pairs[1],
-                            pairs[2], pairs[3]);
+  for (int i = 0; i < kBlock / 8; i += 4) {
+    uint32_t raw[4];
+    SM75_U16x8_LDSM_T::copy(*fp8_vector(tile, i * 8 + lane, vector), raw[0], raw[1], raw[2],
+                            raw[3]);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      words(step * 4 + 2 * i) = __byte_perm(pairs[2 * i], pairs[2 * i + 1], 0x6420);
-      words(step * 4 + 2 * i + 1) = __byte_perm(pairs[2 * i], pairs[2 * i + 1], 0x7531);
+    for (int j = 0; j < 4; ++j) {
+      uint32_t columns[2];
+      widen(__byte_perm(raw[j], 0, 0x3120), columns[0], columns[1]);
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        if constexpr (kScaled) {
+          asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(columns[k]) : "r"(scales.pairs[i + j]));
+        }
+        words((i + j) * 2 + k) = columns[k];
+      }
     }
   }
 }
 
-// Of the numbers that every query row has, those of a thread's rows 4 `quad` to 4 `quad` + 3.
-__device__ __forceinline__ float4 read_four(const float (&of_rows)[kFp8Rows], int quad, int lane) {
-  return reinterpret_cast<const float4*>(of_rows)[lane % 4 * (kThreadRows / 4) + quad];
-}
-
+// Multiplies a thread's rows by numbers that every query row has.
 __device__ __forceinline__ void scale_output(Fp8Output& out, const float (&of_rows)[kFp8Rows],
                                              int lane) {
 #pragma unroll
   for (int quad = 0; quad < kThreadRows / 4; ++quad) {
-    const float4 by = read_four(of_rows, quad, lane);
-    if (__all_sync(0xffffffffu, by.x == 1 && by.y == 1 && by.z == 1 && by.w == 1)) continue;
+    const float4 four =
+        reinterpret_cast<const float4*>(of_rows)[lane % 4 * (kThreadRows / 4) + quad];
+    const float by[4] = {four.x, four.y, four.z, four.w};
+    const bool one = by[0] == 1 && by[1] == 1 && by[2] == 1 && by[3] == 1;
+    if (__all_sync(0xffffffffu, one)) continue;
 #pragma unroll
-    for (auto& tile : out) {
-      float2* const rows = tile + quad * 4;
-      rows[0].x *= by.x, rows[0].y *= by.x, rows[1].x *= by.y, rows[1].y *= by.y;
-      rows[2].x *= by.z, rows[2].y *= by.z, rows[3].x *= by.w, rows[3].y *= by.w;
+    for (int tile = 0; tile < kColumnTiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        out(even(tile, quad * 4 + i)) *= by[i];
+        out(even(tile, quad * 4 + i) + 2) *= by[i];
+      }
     }
   }
 }
 
-// Adds a block's sums of 64 columns: of every row the high pieces', and the low ones' beside it.
-template <typename Sums>
-__device__ __forceinline__ void add_sums(const Sums& sums, const float (&factor)[kFp8Rows],
-                                         int lane, float2 (&out)[kThreadRows]) {
+// The scales of a tile's values over `base`, a power of two that follows the largest of them:
+// 16-bit floats have no room for what scales can be. What was added up before is then made smaller.
+__device__ __forceinline__ KeyScales read_scales(const float (&scales)[kBlock], int lane, int first,
+                                                 float& base, Fp8Output& out) {
+  constexpr float kRoom = 32;  // times 448 is a 16-bit float
+  const float2 two = reinterpret_cast<const float2*>(scales)[lane];
+  const float top = __uint_as_float(__reduce_max_sync(
+      0xffffffffu, max(__float_as_uint(fabsf(two.x)), __float_as_uint(fabsf(two.y)))));
+  if (!(top <= base * kRoom)) {
+    const int exponent = min(max(__float_as_int(top) >> 23, 1), 253);
+    const float larger = __int_as_float(exponent << 23);
+    const float rescale = __fdividef(base, larger);
+    base = larger;
 #pragma unroll
-  for (int quad = 0; quad < kThreadRows / 4; ++quad) {
-    const float4 four = read_four(factor, quad, lane);
-    const float by[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int j = quad * 4 + i;
-      const float even = fmaf(sums(4 * j + 1), kLowWeight, sums(4 * j));
-      const float odd = fmaf(sums(4 * j + 3), kLowWeight, sums(4 * j + 2));
-      out[j].x = fmaf(even, by[i], out[j].x);
-      out[j].y = fmaf(odd, by[i], out[j].y);
-    }
+    for (int i = even(first, 0); i < even(first + 2, 0); ++i) out(i) *= rescale;
   }
+  const float inverse = __int_as_float((254 << 23) - __float_as_int(base));
+  KeyScales result;
+#pragma unroll
+  for (int i = 0; i < kBlock / 8; ++i) {
+    const float2 pair = *reinterpret_cast<const float2*>(&scales[i * 8 + lane % 4 * 2]);
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;"
+        : "=r"(result.pairs[i])
+        : "f"(pair.y * inverse), "f"(pair.x * inverse));
+  }
+  return result;
 }
 
 // Writes what a thread has: partial results in the order of decode.h, or results.
@@ -94,30 +132,32 @@ __device__ __forceinline__ void write_fp8_output(const KernelParams& p, const Wo
           (partial_tile(p, work, item, row / kPartialRows) * (kLatentDim / kPartialColumns) +
            column / kPartialColumns) *
               32 +
-          lane % 4 * 4 + column % kPartialColumns / 2;
+          lane % 4 * 8 + column % kPartialColumns / 2;
 #pragma unroll
       for (int i = 0; i < kColumnTiles; ++i) {
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const float2 x = out[i][half * 4 + j], y = out[i][half * 4 + j + 2];
-          partial[i * (64 / kPartialColumns) * 32 + j * 16] = make_float4(x.x, x.y, y.x, y.y);
+        for (int j = 0; j < 2; ++j) {  // of two neighbouring rows
+          const int at = even(i, half * 4 + j), below = even(i, half * 4 + j + 2);
+          partial[i * (64 / kPartialColumns) * 32 + j * 4] =
+              make_float4(out(at), out(at + 2), out(below), out(below + 2));
         }
       }
     }
     return;
   }
 #pragma unroll
-  for (int j = 0; j < kThreadRows; ++j) {
+  for (int i = 0; i < kThreadRows; ++i) {
     keep_nothing_of(lane);
-    const int row = work.tile * kFp8Rows + j * 4 + lane % 4;
+    const int row = work.tile * kFp8Rows + i / 2 * 8 + lane % 4 * 2 + i % 2;
     if (row >= p.num_rows()) return;
     Element* const target = static_cast<Element*>(p.out) +
                             query_index(p, work, item.seq, row) * kLatentDim + first_column +
                             lane / 4 * 2;
 #pragma unroll
-    for (int i = 0; i < kColumnTiles; ++i) {
-      const Element pair[2] = {Element(out[i][j].x), Element(out[i][j].y)};
-      *reinterpret_cast<uint32_t*>(target + i * 64) = *reinterpret_cast<const uint32_t*>(pair);
+    for (int tile = 0; tile < kColumnTiles; ++tile) {
+      const int at = even(tile, i);
+      const Element pair[2] = {Element(out(at)), Element(out(at + 2))};
+      *reinterpret_cast<uint32_t*>(target + tile * 64) = *reinterpret_cast<const uint32_t*>(pair);
     }
   }
 }
@@ -125,17 +165,23 @@ __device__ __forceinline__ void write_fp8_output(const KernelParams& p, const Wo
 template <KeyFormat kFormat, typename Element>
 __device__ __forceinline__ void run_fp8_values(const KernelParams& p, Fp8Memory<kFormat>& smem,
                                                int side, int thread) {
+  constexpr bool kBlocks = kFormat == KeyFormat::kFp8Block;
   const Work& work = smem.work;
   const int lane = thread % 32;
   const int warp = thread / 32;
   Ring<Fp8Memory<kFormat>::kSlots> slot;
   Ring<2> turn;
   Fp8ValuesMma mma;
+  mma.accumulate_ = GMMA::ScaleOut::One;
   const auto slice = mma.get_slice(0);
 #pragma unroll 1
   for (int seq = work.begin_seq; has_item(work, seq); ++seq) {
     const Item item = find_item<true>(p, work, seq);
-    Fp8Output out = {};
+    Fp8Output out;
+    clear(out);
+    float base[kColumnTiles / 2];  // of fp8_block's scales
+#pragma unroll
+    for (float& x : base) x = __int_as_float(1 << 23);
 #pragma unroll 1
     for (int number = item.first; number < item.last; ++number) {
       auto& block = smem.blocks[slot.slot];
@@ -143,31 +189,45 @@ __device__ __forceinline__ void run_fp8_values(const KernelParams& p, Fp8Memory<
       smem.full[slot.slot].wait(slot.parity);
       smem.weights_full[turn.slot].wait(turn.parity);
       scale_output(out, weights.rescale, lane);
-      Tensor sums = partition_fragment_C(mma, Shape<_64, _64>{});
-      auto a = make_tensor<E4M3>(Layout<Shape<Shape<_4, _2, _2>, _1, _2>>{});
+      warpgroup_fence_operand(out);
+      Tensor b = slice.partition_fragment_B(make_tensor(make_smem_ptr(weights.p), WeightsLayout{}));
+      // While the tensor cores work on one tile, the next one is read.
+      auto a = make_tensor<half_t>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<kSteps16>, _2>>{});
+      KeyScales scales;
 #pragma unroll
       for (int i = 0; i < kColumnTiles; ++i) {
         const int tile = side * (kColumnTiles / 2) + i / 2;
-        const int set = smem.kSets == 1 ? 0 : tile;
-        read_values(block.latent[tile], i % 2 * 4 + warp, lane, a);
+        if constexpr (kBlocks) {
+          if (i == 2) warpgroup_wait<0>();
+          if (i % 2 == 0) {
+            scales = read_scales(block.scales[tile], lane, i, base[i / 2], out);
+          }
+        }
+        auto mine = a(_, _, _, i % 2);
+        read_values<kBlocks>(block.latent[tile], i % 2 * 4 + warp, lane, scales, mine);
         if (i + 1 == kColumnTiles) smem.empty[slot.slot].arrive();
-        Tensor b = slice.partition_fragment_B(make_tensor(
-            make_smem_ptr(reinterpret_cast<E4M3*>(weights.pieces[set])), PieceLayout{}));
-        warpgroup_fence_operand(sums);
         warpgroup_arrive();
-        mma.accumulate_ = GMMA::ScaleOut::Zero;
+        Tensor part = out(_, i, _);
+        Tensor sums = make_tensor(part.data(), append<3>(part.layout()));
 #pragma unroll
-        for (int step = 0; step < 2; ++step) {
-          cute::gemm(mma, a(_, _, step), b(_, _, step), sums);
-          mma.accumulate_ = GMMA::ScaleOut::One;
+        for (int step = 0; step < kSteps16; ++step) {
+          cute::gemm(mma, mine(_, _, step), b(_, _, step), sums);
         }
         warpgroup_commit_batch();
-        warpgroup_wait<0>();
-        warpgroup_fence_operand(sums);
-        // Once a block, for the tensor cores' sums have few bits.
-        add_sums(sums, weights.factor[set], lane, out[i]);
+        if (i > 0) warpgroup_wait<1>();
       }
-      if (number + 1 == item.last) scale_output(out, weights.inverse, lane);
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(out);
+      if (number + 1 == item.last) {
+        if constexpr (kBlocks) {
+#pragma unroll
+          for (int i = 0; i < kColumnTiles; ++i) {
+#pragma unroll
+            for (int j = even(i, 0); j < even(i + 1, 0); ++j) out(j) *= base[i / 2];
+          }
+        }
+        scale_output(out, weights.inverse, lane);
+      }
       smem.weights_empty[turn.slot].arrive();
       slot.advance();
       turn.advance();
