@@ -83,8 +83,8 @@ inline bool is_narrow(const DecodeParams& p) { return p.num_rows() <= kNarrowRow
 inline constexpr int kLeastCopiedPage = 16;
 inline bool has_block_pages(const DecodeParams& p) { return p.page_tokens >= kBlockTokens; }
 inline bool comes_by_rows(const DecodeParams& p) {
-  if (p.is_fp8()) return true;
-  return is_narrow(p) ? !has_block_pages(p) : p.page_tokens < kLeastCopiedPage;
+  const bool whole_blocks = is_narrow(p) || p.is_fp8();
+  return p.page_tokens < (whole_blocks ? kBlockTokens : kLeastCopiedPage);
 }
 
 // Enqueues both kernels on the current device; returns the first error.

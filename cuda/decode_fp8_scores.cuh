@@ -14,6 +14,7 @@ using RopeScoresMma = decltype(make_tiled_mma(
     GMMA::rs_op_selector<bfloat16_t, bfloat16_t, float, Shape<_64, _64, _16>, GMMA::Major::K,
                          GMMA::Major::K>()));
 using Fp8KeyLayout = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<E4M3>{}, Shape<_64, _128>{}));
+using Fp8RopeLayout = decltype(tile_to_shape(GMMA::Layout_K_SW64_Atom<E4M3>{}, Shape<_64, _64>{}));
 
 // A warp has eight query rows: a thread the pieces of one in the two rows of its operand A.
 template <KeyFormat kFormat>
@@ -133,14 +134,20 @@ __device__ __forceinline__ void compute_scores(typename Fp8Memory<kFormat>::Bloc
         rope_mma.accumulate_ = GMMA::ScaleOut::One;
       }
     } else {
-      uint8_t* const bytes = tile == kFp8Tiles ? block.rope : block.latent[tile];
-      Tensor b = slice.partition_fragment_B(
-          make_tensor(make_smem_ptr(reinterpret_cast<E4M3*>(bytes)), Fp8KeyLayout{}));
-      mma.accumulate_ = GMMA::ScaleOut::Zero;
+      const auto multiply = [&](uint8_t* bytes, auto layout) __attribute__((always_inline)) {
+        Tensor b = slice.partition_fragment_B(
+            make_tensor(make_smem_ptr(reinterpret_cast<E4M3*>(bytes)), layout));
+        mma.accumulate_ = GMMA::ScaleOut::Zero;
 #pragma unroll
-      for (int step = 0; step < (tile == kFp8Tiles ? 2 : 4); ++step) {
-        cute::gemm(mma, q.pieces(_, _, tile * 4 + step), b(_, _, step), sums);
-        mma.accumulate_ = GMMA::ScaleOut::One;
+        for (int step = 0; step < size<2>(b); ++step) {
+          cute::gemm(mma, q.pieces(_, _, tile * 4 + step), b(_, _, step), sums);
+          mma.accumulate_ = GMMA::ScaleOut::One;
+        }
+      };
+      if (tile == kFp8Tiles) {
+        multiply(block.rope, Fp8RopeLayout{});
+      } else {
+        multiply(block.latent[tile], Fp8KeyLayout{});
       }
     }
     warpgroup_commit_batch();
@@ -224,7 +231,20 @@ __device__ __forceinline__ float over_all(const float (&x)[16], const Combine& c
   return combine(combine(parts[0], parts[1]), combine(parts[2], parts[3]));
 }
 
-template <KeyFormat kFormat, typename Element>
+// Zeroes values that no row sees, since they may be NaN: 0 * NaN would reach the output.
+template <KeyFormat kFormat>
+__device__ __forceinline__ void clear_keys(typename Fp8Memory<kFormat>::Block& block, int begin,
+                                           int end, int thread) {
+#pragma unroll 1
+  for (int i = thread; i < (end - begin) * (kLatentDim / 16); i += kWarpgroup) {
+    const int row = begin + i / (kLatentDim / 16);
+    // Swizzling permutes vectors inside a row of a tile: all of them are cleared.
+    *fp8_vector(block.latent[i / 8 % kFp8Tiles], row, i % 8) = uint128_t{};
+    if (i % 8 == 0) block.scales[i / 8 % kFp8Tiles][row] = 0;
+  }
+}
+
+template <Source kSource, KeyFormat kFormat, typename Element>
 __device__ __forceinline__ void run_fp8_scores(const KernelParams& p, Fp8Memory<kFormat>& smem,
                                                int thread) {
   constexpr bool kBlocks = kFormat == KeyFormat::kFp8Block;
@@ -250,7 +270,7 @@ __device__ __forceinline__ void run_fp8_scores(const KernelParams& p, Fp8Memory<
       const float scale = kBlocks ? 1 : q.scale * p.k_scale[work.group];
 #pragma unroll 1
       for (int block = item.first; block < item.last; ++block) {
-        wait_for_keys<Source::kRows>(smem.full[slot.slot], slot.parity);
+        wait_for_keys<kSource>(smem.full[slot.slot], slot.parity);
         float scores[16];
         compute_scores<kFormat>(smem.blocks[slot.slot], q, lane, scores);
         const BlockView<true> view(p, item, block);
@@ -266,6 +286,11 @@ __device__ __forceinline__ void run_fp8_scores(const KernelParams& p, Fp8Memory<
           for (int i = 0; i < 16; ++i) {
             const int key = i / 2 * 8 + lane % 4 * 2 + i % 2;
             if (!view.seen(p, key, hidden)) scores[i] = -INFINITY;
+          }
+          if constexpr (kSource == Source::kPages) {  // row by row they come as zeros
+            auto& keys = smem.blocks[slot.slot];
+            if (view.unseen > 0) clear_keys<kFormat>(keys, 0, view.unseen, thread);
+            if (view.left < kBlock) clear_keys<kFormat>(keys, view.left, kBlock, thread);
           }
         }
         const float top = over_quad(over_all(scores, larger), larger);

@@ -23,11 +23,11 @@ static_assert(kPieces * kFp8Rows == 64, "the rows of a warpgroup's product");
 template <KeyFormat kFormat>
 struct Fp8Memory {
   static constexpr bool kBlocks = kFormat == KeyFormat::kFp8Block;
+  static constexpr int kRopeBytes = kBlocks ? kTileBytes : kTileBytes / 2;
   static constexpr int kSlots = kBlocks ? 4 : 5;  // blocks of keys
   struct alignas(1024) Block {
     uint8_t latent[kFp8Tiles][kTileBytes];
-    // 64 e4m3 or 64 bfloat16 values a row, the former with as many bytes behind them unused.
-    uint8_t rope[kTileBytes];
+    uint8_t rope[kRopeBytes];         // 64 e4m3 or bfloat16 values a row
     float scales[kFp8Tiles][kBlock];  // of fp8_block
   };
   struct alignas(1024) Weights {

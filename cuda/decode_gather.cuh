@@ -93,27 +93,28 @@ __device__ __forceinline__ void copy_vector(const KernelParams& p, const char* f
                                                    target, row >= 0);
 }
 
-// Copies `count` swizzled tiles of 128 bytes a row, from byte `column` of the rows on; of the last
-// 16-byte vectors of a row, only the first `vectors`. With `kSliceTiles`, eight rows of each of so
-// many tiles are followed by the next eight: the wide kernel's PartLayout.
-template <int kSliceTiles = 1>
+// Copies `count` swizzled tiles of rows of `kVectors` 16-byte vectors, from byte `column` of the
+// rows on. With `kSliceTiles`, eight rows of each of so many tiles are followed by the next eight:
+// the wide kernel's PartLayout.
+template <int kSliceTiles = 1, int kVectors = 8>
 __device__ __forceinline__ void gather_tiles(const KernelParams& p, const Work& work,
                                              const GatherRows& rows, void* target, int count,
-                                             int column, int vectors = 8) {
+                                             int column) {
   const auto [warp, lane] = GatherThread();
   const int vector = lane % 8;
   const int place = lane / 8;
   const int first = warp * 4 + place;
-  if (vector >= vectors) return;
-  constexpr int kEightRows = 8 * 8;  // in vectors
-  constexpr int kNextTile = kSliceTiles == 1 ? kTileBytes / 16 : kEightRows;
+  if (vector >= kVectors) return;
+  constexpr int kEightRows = 8 * kVectors;  // in vectors
+  constexpr int kNextTile = kSliceTiles == 1 ? kBlock * kVectors : kEightRows;
   constexpr int kNextRow = 2 * kSliceTiles * kEightRows;  // that the lane copies
+  const int swizzle = kVectors == 8 ? first % 8 : first / 2 % kVectors;
 #pragma unroll 1
   for (int tile = 0; tile < count; ++tile) {
     const char* const first_row = static_cast<const char*>(p.k_cache) + work.head * p.head_bytes +
                                   column + tile * 128 + vector * 16;
-    uint128_t* const to = static_cast<uint128_t*>(target) + tile * kNextTile + first * 8 +
-                          first / 8 * ((kSliceTiles - 1) * kEightRows) + (vector ^ first % 8);
+    uint128_t* const to = static_cast<uint128_t*>(target) + tile * kNextTile + first * kVectors +
+                          first / 8 * ((kSliceTiles - 1) * kEightRows) + (vector ^ swizzle);
     const int4 four = rows[warp][place];
     copy_vector(p, first_row, four.x, to[0]);
     copy_vector(p, first_row, four.y, to[1 * kNextRow]);

@@ -17,20 +17,24 @@ EncodeTiled encode_tiled() {
   return ok ? reinterpret_cast<EncodeTiled>(function) : nullptr;
 }
 
+CUtensorMapDataType type_of(DType dtype) {
+  return dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                   : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+}
+
+// Swizzled by as many bytes as a box's rows have.
 template <int kRank>
-cudaError_t make_map(DType dtype, const void* data, const cuuint64_t (&extents)[kRank],
+cudaError_t make_map(CUtensorMapDataType type, const void* data, const cuuint64_t (&extents)[kRank],
                      const cuuint64_t (&strides)[kRank - 1], const cuuint32_t (&box)[kRank],
-                     CUtensorMap* map) {
+                     CUtensorMap* map, CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B) {
   static const EncodeTiled encode = encode_tiled();
   if (encode == nullptr) return cudaErrorNotSupported;
   cuuint32_t steps[kRank];
   for (cuuint32_t& step : steps) step = 1;
-  const auto type = dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                              : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   const CUresult result =
       encode(map, type, kRank, const_cast<void*>(data), extents, strides, box, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -44,7 +48,7 @@ cudaError_t make_key_map(const DecodeParams& p, cuuint32_t tiles, CUtensorMap* m
   const cuuint32_t rows = std::min(tokens, page);
   const cuuint64_t h_kv = p.h_kv;
   const cuuint64_t pages = static_cast<cuuint64_t>(p.groups) * p.num_blocks * (page_tokens / page);
-  return make_map<5>(p.dtype, p.k_cache, {64, page, kHeadDim / 64, h_kv, pages},
+  return make_map<5>(type_of(p.dtype), p.k_cache, {64, page, kHeadDim / 64, h_kv, pages},
                      {h_kv * row_bytes, 128, row_bytes, page * h_kv * row_bytes},
                      {64, rows, tiles, 1, tokens / rows}, map);
 }
@@ -63,7 +67,7 @@ cudaError_t make_query_map(const DecodeParams& p, const void* data, int stride, 
                            int box_tiles, CUtensorMap* map) {
   const cuuint64_t rows = static_cast<cuuint64_t>(p.groups) * p.batch * p.s_q * p.h_q;
   return make_map<3>(
-      p.dtype, data, {64, rows, static_cast<cuuint64_t>(tiles)},
+      type_of(p.dtype), data, {64, rows, static_cast<cuuint64_t>(tiles)},
       {static_cast<cuuint64_t>(stride) * 2, 128},
       {64, static_cast<cuuint32_t>(query_box_rows(p)), static_cast<cuuint32_t>(box_tiles)}, map);
 }
@@ -84,6 +88,25 @@ cudaError_t make_tensor_maps(const DecodeParams& p, TensorMaps* maps) {
     error = make_query_map(p, p.q_rope, p.q_rope_stride, 1, 1, &maps->q_rope);
   }
   return error;
+}
+
+cudaError_t make_fp8_tensor_maps(const DecodeParams& p, Fp8TensorMaps* maps) {
+  const bool blocks = p.key_format == KeyFormat::kFp8Block;
+  const cuuint64_t row = p.key_stride;
+  const cuuint64_t page = p.page_tokens;
+  const cuuint64_t h_kv = p.h_kv;
+  const cuuint64_t pages = static_cast<cuuint64_t>(p.groups) * p.num_blocks;
+  const cuuint32_t rope_bytes = blocks ? 128 : 64;
+  const char* const cache = static_cast<const char*>(p.k_cache);
+  const char* const rope = cache + (blocks ? kFp8BlockBytes - 128 : kLatentDim);
+  const cudaError_t error =
+      make_map<5>(CU_TENSOR_MAP_DATA_TYPE_UINT8, cache, {128, page, kLatentDim / 128, h_kv, pages},
+                  {h_kv * row, 128, row, page * h_kv * row},
+                  {128, kBlockTokens, kLatentDim / 128, 1, 1}, &maps->latent);
+  if (error != cudaSuccess) return error;
+  return make_map<5>(CU_TENSOR_MAP_DATA_TYPE_UINT8, rope, {rope_bytes, page, 1, h_kv, pages},
+                     {h_kv * row, 128, row, page * h_kv * row}, {rope_bytes, kBlockTokens, 1, 1, 1},
+                     &maps->rope, blocks ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B);
 }
 
 }  // namespace jax_flashmla
