@@ -3,9 +3,9 @@
 #include <cutlass/arch/reg_reconfig.h>
 #include <cutlass/numeric_types.h>
 
-#include "cuda/decode_copies.cuh"
 #include "cuda/decode_empty.cuh"
 #include "cuda/decode_fp8.h"
+#include "cuda/decode_fp8_load.cuh"
 #include "cuda/decode_fp8_scores.cuh"
 #include "cuda/decode_fp8_values.cuh"
 #include "cuda/launch.cuh"
@@ -13,16 +13,7 @@
 namespace jax_flashmla {
 namespace {
 
-// Named barriers for: memory is set up; it is, for the warps that copy.
-inline constexpr int kReady = 2;
-inline constexpr int kLoaderReady = 3;
-
-// Arrivals that complete a full barrier: of all that copy; where the copy engine brings the rest,
-// of the thread that tells it and of those that copy scales.
-template <Source kSource, KeyFormat kFormat>
-inline constexpr int kFp8FullArrivals =
-    kSource == Source::kRows ? kGatherThreads
-                             : 1 + (kFormat == KeyFormat::kFp8Block ? kGatherThreads : 0);
+inline constexpr int kReady = 2;  // the named barrier for: memory is set up
 
 template <Source kSource, KeyFormat kFormat>
 __device__ __forceinline__ void init_barriers(Fp8Memory<kFormat>& smem) {
@@ -32,86 +23,6 @@ __device__ __forceinline__ void init_barriers(Fp8Memory<kFormat>& smem) {
   for (EmptyBarrier& barrier : smem.weights_empty) barrier.init(2 * kWarpgroup);
   smem.work_known.init(1);
   cutlass::arch::fence_barrier_init();
-}
-
-// The scales of a block in a page: two of a key to a thread, each to the list of its tile.
-__device__ __forceinline__ void copy_scales(const KernelParams& p, const Work& work, int page,
-                                            int row, float (*target)[kBlock]) {
-  const int thread = threadIdx.x % kGatherThreads;
-  const int key = thread / 2;
-  const int first = thread % 2 * 2;
-  const char* const from =
-      static_cast<const char*>(p.k_cache) + work.head * p.head_bytes + kLatentDim +
-      (static_cast<int64_t>(max(page, 0)) * p.page_tokens + row + key) * p.row_bytes;
-#pragma unroll
-  for (int i = first; i < first + 2; ++i) {
-    SM80_CP_ASYNC_CACHEALWAYS_ZFILL<float>::copy(reinterpret_cast<const float*>(from)[i],
-                                                 target[i][key], page >= 0);
-  }
-}
-
-// A thread has the copy engine bring all blocks, in the order of their use; scales, which are to
-// lie tile by tile, come by the others, too.
-template <KeyFormat kFormat>
-__device__ __forceinline__ void load(const KernelParams& p, const Fp8TensorMaps& maps,
-                                     Fp8Memory<kFormat>& smem) {
-  constexpr auto kHint = static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_FIRST);
-  const Work& work = smem.work;
-  const bool first_thread = threadIdx.x % kGatherThreads == 0;
-  if (!smem.kBlocks && !first_thread) return;
-  Ring<Fp8Memory<kFormat>::kSlots> slot;
-#pragma unroll 1
-  for (int seq = work.begin_seq; has_item(work, seq); ++seq) {
-    const Item item = find_item<true>(p, work, seq);
-    int next = load_page<1>(p, work, seq, item.first);
-#pragma unroll 1
-    for (int number = item.first; number < item.last; ++number, slot.advance()) {
-      auto& block = smem.blocks[slot.slot];
-      const int page = check_page(p, work, next);
-      const int row = (number & ((1 << p.page_shift) - 1)) * kBlock;
-      next = load_page<1>(p, work, seq, number + 1);
-      FullBarrier& full = smem.full[slot.slot];
-      smem.empty[slot.slot].wait(slot.parity ^ 1);
-      if (first_thread) {
-        auto* const barrier = reinterpret_cast<uint64_t*>(&full);
-        full.arrive_and_expect_tx(sizeof(block.latent) + sizeof(block.rope));
-        SM90_TMA_LOAD_5D::copy(&maps.latent, barrier, kHint, block.latent, 0, row, 0, work.head,
-                               page);
-        SM90_TMA_LOAD_5D::copy(&maps.rope, barrier, kHint, block.rope, 0, row, 0, work.head, page);
-      }
-      if constexpr (smem.kBlocks) {
-        copy_scales(p, work, page, row, block.scales);
-        arrive_after_copies(full);
-      }
-    }
-  }
-}
-
-// The same row by row, by all four warps.
-template <KeyFormat kFormat>
-__device__ __forceinline__ void gather(const KernelParams& p, Fp8Memory<kFormat>& smem) {
-  const Work& work = smem.work;
-  Ring<Fp8Memory<kFormat>::kSlots> slot;
-#pragma unroll 1
-  for (int seq = work.begin_seq; has_item(work, seq); ++seq) {
-    const Item item = find_item<true>(p, work, seq);
-    int next = load_row_page(p, work, item, item.first);
-#pragma unroll 1
-    for (int number = item.first; number < item.last; ++number, slot.advance()) {
-      auto& block = smem.blocks[slot.slot];
-      find_rows(p, work, number, next, smem.rows);
-      next = load_row_page(p, work, item, number + 1);
-      smem.empty[slot.slot].wait(slot.parity ^ 1);
-      gather_tiles(p, work, smem.rows, block.latent[0], kFp8Tiles, 0);
-      if constexpr (smem.kBlocks) {
-        gather_scales(p, work, smem.rows, block.scales, kLatentDim);
-        gather_tiles(p, work, smem.rows, block.rope, 1, kLatentDim + kScaleBytes);
-      } else {
-        gather_tiles<1, 4>(p, work, smem.rows, block.rope, 1, kLatentDim);
-      }
-      arrive_after_copies(smem.full[slot.slot]);
-    }
-  }
 }
 
 template <Source kSource, KeyFormat kFormat, typename Element>
@@ -126,15 +37,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (thread == 0) init_barriers<kSource>(smem);
     __syncwarp();
     wait_for_kernel_before();
-    cutlass::arch::NamedBarrier::sync(kWarpgroup, kLoaderReady);
+    sync_loader();
     cutlass::arch::NamedBarrier::arrive(kThreads, kReady);
     smem.work_known.wait(0);
     if constexpr (kSource == Source::kPages) {
       load(p, maps, smem);
-      __syncwarp();
     } else {
       gather(p, smem);
     }
+    __syncwarp();
     write_empty<kWarpgroup>(p, smem.work, smem.work.tile * kFp8Rows, kFp8Rows, thread);
   } else {
     wait_for_kernel_before();

@@ -157,8 +157,11 @@ __device__ __forceinline__ void compute_scores(typename Fp8Memory<kFormat>::Bloc
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       float2 scale = {1, 1};
-      if (kBlocks && tile < kFp8Tiles) {
-        scale = *reinterpret_cast<const float2*>(&block.scales[tile][j * 8 + lane % 4 * 2]);
+      if constexpr (kBlocks) {
+        if (tile < kFp8Tiles) {
+          const float* of_keys = &block.scales.of_keys[tile][j * 8 + lane % 4 * 2];
+          scale = *reinterpret_cast<const float2*>(of_keys);
+        }
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -240,7 +243,6 @@ __device__ __forceinline__ void clear_keys(typename Fp8Memory<kFormat>::Block& b
     const int row = begin + i / (kLatentDim / 16);
     // Swizzling permutes vectors inside a row of a tile: all of them are cleared.
     *fp8_vector(block.latent[i / 8 % kFp8Tiles], row, i % 8) = uint128_t{};
-    if (i % 8 == 0) block.scales[i / 8 % kFp8Tiles][row] = 0;
   }
 }
 

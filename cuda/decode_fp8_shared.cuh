@@ -20,6 +20,18 @@ inline constexpr int kPieces = 2;
 inline constexpr float kLowPiece = 1.0f / 32;
 static_assert(kPieces * kFp8Rows == 64, "the rows of a warpgroup's product");
 
+// The scales of a block of fp8_block, tile by tile.
+struct BlockScales {
+  float of_keys[kFp8Tiles][kBlock];
+  // For the values, of two neighbouring keys over `base`, a power of two that follows the largest
+  // scale: 16-bit floats have no room for what scales can be. In the order of `pair_slot`.
+  uint32_t pairs[kFp8Tiles][kBlock / 2];
+  float base[kFp8Tiles];
+  float rebase[kFp8Tiles];       // what the output so far is to be multiplied with
+  float4 largest[kGatherWarps];  // scales of the tiles that each warp of the loader has
+};
+struct NoScales {};
+
 template <KeyFormat kFormat>
 struct Fp8Memory {
   static constexpr bool kBlocks = kFormat == KeyFormat::kFp8Block;
@@ -27,8 +39,8 @@ struct Fp8Memory {
   static constexpr int kSlots = kBlocks ? 4 : 5;  // blocks of keys
   struct alignas(1024) Block {
     uint8_t latent[kFp8Tiles][kTileBytes];
-    uint8_t rope[kRopeBytes];         // 64 e4m3 or bfloat16 values a row
-    float scales[kFp8Tiles][kBlock];  // of fp8_block
+    uint8_t rope[kRopeBytes];  // 64 e4m3 or bfloat16 values a row
+    std::conditional_t<kBlocks, BlockScales, NoScales> scales;
   };
   struct alignas(1024) Weights {
     half_t p[kFp8Rows * kBlock];  // [query row, key], swizzled
@@ -56,6 +68,9 @@ __device__ __forceinline__ void keep_nothing_of(int& lane) { asm volatile("" : "
 __device__ __forceinline__ int row_slot(int row) {
   return row % 8 / 2 * (kFp8Rows / 4) + row / 8 * 2 + row % 2;
 }
+
+// A thread of the values has two keys of every eight.
+__device__ __forceinline__ int pair_slot(int key) { return key % 8 / 2 * (kBlock / 8) + key / 8; }
 
 // The address of a 16-byte vector of a swizzled tile of 128-byte rows.
 __device__ __forceinline__ uint128_t* fp8_vector(void* tile, int row, int vector) {

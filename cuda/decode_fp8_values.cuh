@@ -24,11 +24,21 @@ __device__ __forceinline__ constexpr int even(int tile, int row) {
   return tile * kThreadRows * 2 + row / 2 * 4 + row % 2;
 }
 
-// What a thread multiplies values with: with a scale for each key, pairs of neighbours' as 16-bit
-// floats.
+// Of fp8_block: what a thread multiplies values of a tile with, two keys of every eight.
 struct KeyScales {
   uint32_t pairs[kBlock / 8];
 };
+
+__device__ __forceinline__ KeyScales read_scales(const uint32_t (&pairs)[kBlock / 2], int lane) {
+  KeyScales scales;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint4 four = reinterpret_cast<const uint4*>(pairs)[lane % 4 * 2 + i];
+    scales.pairs[4 * i] = four.x, scales.pairs[4 * i + 1] = four.y;
+    scales.pairs[4 * i + 2] = four.z, scales.pairs[4 * i + 3] = four.w;
+  }
+  return scales;
+}
 
 // Two e4m3 values each of the lower and the upper half of a register, as 16-bit floats: exact.
 __device__ __forceinline__ void widen(uint32_t x, uint32_t& lower, uint32_t& upper) {
@@ -86,32 +96,10 @@ __device__ __forceinline__ void scale_output(Fp8Output& out, const float (&of_ro
   }
 }
 
-// The scales of a tile's values over `base`, a power of two that follows the largest of them:
-// 16-bit floats have no room for what scales can be. What was added up before is then made smaller.
-__device__ __forceinline__ KeyScales read_scales(const float (&scales)[kBlock], int lane, int first,
-                                                 float& base, Fp8Output& out) {
-  constexpr float kRoom = 32;  // times 448 is a 16-bit float
-  const float2 two = reinterpret_cast<const float2*>(scales)[lane];
-  const float top = __uint_as_float(__reduce_max_sync(
-      0xffffffffu, max(__float_as_uint(fabsf(two.x)), __float_as_uint(fabsf(two.y)))));
-  if (!(top <= base * kRoom)) {
-    const int exponent = min(max(__float_as_int(top) >> 23, 1), 253);
-    const float larger = __int_as_float(exponent << 23);
-    const float rescale = __fdividef(base, larger);
-    base = larger;
+// The 128 columns that share scales.
+__device__ __forceinline__ void scale_tiles(Fp8Output& out, int pair, float by) {
 #pragma unroll
-    for (int i = even(first, 0); i < even(first + 2, 0); ++i) out(i) *= rescale;
-  }
-  const float inverse = __int_as_float((254 << 23) - __float_as_int(base));
-  KeyScales result;
-#pragma unroll
-  for (int i = 0; i < kBlock / 8; ++i) {
-    const float2 pair = *reinterpret_cast<const float2*>(&scales[i * 8 + lane % 4 * 2]);
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;"
-        : "=r"(result.pairs[i])
-        : "f"(pair.y * inverse), "f"(pair.x * inverse));
-  }
-  return result;
+  for (int i = even(pair * 2, 0); i < even(pair * 2 + 2, 0); ++i) out(i) *= by;
 }
 
 // Writes what a thread has: partial results in the order of decode.h, or results.
@@ -179,33 +167,43 @@ __device__ __forceinline__ void run_fp8_values(const KernelParams& p, Fp8Memory<
     const Item item = find_item<true>(p, work, seq);
     Fp8Output out;
     clear(out);
-    float base[kColumnTiles / 2];  // of fp8_block's scales
-#pragma unroll
-    for (float& x : base) x = __int_as_float(1 << 23);
 #pragma unroll 1
     for (int number = item.first; number < item.last; ++number) {
       auto& block = smem.blocks[slot.slot];
       auto& weights = smem.weights[turn.slot];
       smem.full[slot.slot].wait(slot.parity);
       smem.weights_full[turn.slot].wait(turn.parity);
+      if constexpr (kBlocks) {
+#pragma unroll
+        for (int i = 0; i < kColumnTiles / 2; ++i) {
+          const float rebase = block.scales.rebase[side * (kColumnTiles / 2) + i];
+          if (rebase != 1) scale_tiles(out, i, rebase);
+        }
+      }
       scale_output(out, weights.rescale, lane);
       warpgroup_fence_operand(out);
       Tensor b = slice.partition_fragment_B(make_tensor(make_smem_ptr(weights.p), WeightsLayout{}));
       // While the tensor cores work on one tile, the next one is read.
       auto a = make_tensor<half_t>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<kSteps16>, _2>>{});
       KeyScales scales;
+      float base[kColumnTiles / 2];
 #pragma unroll
       for (int i = 0; i < kColumnTiles; ++i) {
         const int tile = side * (kColumnTiles / 2) + i / 2;
         if constexpr (kBlocks) {
-          if (i == 2) warpgroup_wait<0>();
-          if (i % 2 == 0) {
-            scales = read_scales(block.scales[tile], lane, i, base[i / 2], out);
-          }
+          if (i % 2 == 0) scales = read_scales(block.scales.pairs[tile], lane);
         }
         auto mine = a(_, _, _, i % 2);
         read_values<kBlocks>(block.latent[tile], i % 2 * 4 + warp, lane, scales, mine);
-        if (i + 1 == kColumnTiles) smem.empty[slot.slot].arrive();
+        if (i + 1 == kColumnTiles) {
+          if constexpr (kBlocks) {
+#pragma unroll
+            for (int j = 0; j < kColumnTiles / 2; ++j) {
+              base[j] = block.scales.base[side * (kColumnTiles / 2) + j];
+            }
+          }
+          smem.empty[slot.slot].arrive();
+        }
         warpgroup_arrive();
         Tensor part = out(_, i, _);
         Tensor sums = make_tensor(part.data(), append<3>(part.layout()));
@@ -221,10 +219,7 @@ __device__ __forceinline__ void run_fp8_values(const KernelParams& p, Fp8Memory<
       if (number + 1 == item.last) {
         if constexpr (kBlocks) {
 #pragma unroll
-          for (int i = 0; i < kColumnTiles; ++i) {
-#pragma unroll
-            for (int j = even(i, 0); j < even(i + 1, 0); ++j) out(j) *= base[i / 2];
-          }
+          for (int i = 0; i < kColumnTiles / 2; ++i) scale_tiles(out, i, base[i]);
         }
         scale_output(out, weights.inverse, lane);
       }

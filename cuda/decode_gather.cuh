@@ -7,16 +7,9 @@
 
 namespace jax_flashmla {
 
-// Where a CTA's keys come from: by the copy engine from pages that hold blocks, or row by row.
-enum class Source { kPages, kRows };
 // Arrivals that complete a full barrier: of the thread that expects bytes, or of all that copy.
 template <Source kSource>
 inline constexpr int kFullArrivals = kSource == Source::kPages ? 1 : kGatherThreads;
-
-// Of a warp that has read, with keys row by row: racecheck sees that threads copy, and takes no
-// arrival of one thread for those of others.
-template <Source kSource>
-inline constexpr int kReleases = kSource == Source::kPages ? 1 : 32;
 
 // The arrivals of a full barrier that a single thread owes when its copies are the copy engine's.
 template <Source kSource>
@@ -120,22 +113,6 @@ __device__ __forceinline__ void gather_tiles(const KernelParams& p, const Work& 
     copy_vector(p, first_row, four.y, to[1 * kNextRow]);
     copy_vector(p, first_row, four.z, to[2 * kNextRow]);
     copy_vector(p, first_row, four.w, to[3 * kNextRow]);
-  }
-}
-
-// Copies four numbers of every row, each to a list of its own.
-__device__ __forceinline__ void gather_scales(const KernelParams& p, const Work& work,
-                                              GatherRows& rows, float (*target)[kBlock],
-                                              int column) {
-  const GatherThread thread;
-  const int row = rows_of(rows, thread)[thread.lane % 16 / 4];
-  const int first = thread.lane / 16 * 2;
-  const char* const from = static_cast<const char*>(p.k_cache) + work.head * p.head_bytes + column +
-                           static_cast<int64_t>(row) * p.row_bytes;
-#pragma unroll
-  for (int i = first; i < first + 2; ++i) {
-    SM80_CP_ASYNC_CACHEALWAYS_ZFILL<float>::copy(reinterpret_cast<const float*>(from)[i],
-                                                 target[i][thread.looked_up()], row >= 0);
   }
 }
 

@@ -238,7 +238,7 @@ __device__ __forceinline__ void run_scores(const KernelParams& p, SharedMemory<E
       __syncwarp();
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        release<kCtas>(smem.half_empty[half.slot][part], lane);
+        release<kCtas, kSource>(smem.half_empty[half.slot][part], lane);
       }
       half.advance();
       smem.q_full.wait(q_parity);

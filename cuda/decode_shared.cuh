@@ -72,6 +72,9 @@ struct Work {
   int begin_seq, begin_block, end_seq, end_block, begin_split;
 };
 
+// Where a CTA's keys come from: by the copy engine from pages that hold blocks, or row by row.
+enum class Source { kPages, kRows };
+
 // Where the rows of a block are, for the warps that copy keys row by row (decode_gather.cuh).
 inline constexpr int kGatherWarps = 4;
 inline constexpr int kGatherThreads = kGatherWarps * 32;
@@ -127,10 +130,15 @@ struct Ring {
 };
 
 // A warp has read a slot for the last time, in each of the `kCtas` CTAs of the cluster that write
-// into each other's slots.
-template <int kCtas>
+// into each other's slots. With keys row by row every lane says so: racecheck sees that threads
+// write the slot, and takes no arrival of one lane for those of others.
+template <Source kSource>
+inline constexpr int kReleases = kSource == Source::kPages ? 1 : 32;
+template <int kCtas, Source kSource = Source::kPages>
 __device__ __forceinline__ void release(const EmptyBarrier& barrier, int lane) {
-  if constexpr (kCtas == 1) {
+  if constexpr (kSource == Source::kRows) {
+    barrier.arrive();
+  } else if constexpr (kCtas == 1) {
     if (lane == 0) barrier.arrive();
   } else {
     if (lane < kCtas) barrier.arrive(static_cast<uint32_t>(lane));

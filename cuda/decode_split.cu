@@ -23,7 +23,7 @@ __device__ __forceinline__ void init_barriers(SharedMemory<Element>& smem) {
   for (int slot = 0; slot < kHalfSlots; ++slot) {
     for (int part = 0; part < kParts; ++part) {
       smem.half_full[slot][part].init(kFullArrivals<kSource>);
-      smem.half_empty[slot][part].init(kWarps * kCtas);
+      smem.half_empty[slot][part].init(kWarps * kReleases<kSource> * kCtas);
     }
   }
   for (int slot = 0; slot < kRopeSlots; ++slot) {
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       run_scores<kCtas, kSource>(p, smem, thread);
     } else {
       cutlass::arch::warpgroup_reg_alloc<160>();
-      run_values<kCtas>(p, smem, role, thread);
+      run_values<kCtas, kSource>(p, smem, role, thread);
     }
   }
   if constexpr (kCtas == 1) {

@@ -37,7 +37,7 @@ __device__ __forceinline__ void issue_values(Element (&weights)[kTileElements], 
   warpgroup_commit_batch();
 }
 
-template <int kCtas, typename Element>
+template <int kCtas, Source kSource, typename Element>
 __device__ __forceinline__ void run_values(const KernelParams& p, SharedMemory<Element>& smem,
                                            int side, int thread) {
   const Work& work = smem.work;
@@ -75,9 +75,9 @@ __device__ __forceinline__ void run_values(const KernelParams& p, SharedMemory<E
       }
       smem.factors_read[rope.slot].arrive();
       warpgroup_wait<1>();
-      release<kCtas>(smem.half_empty[half.slot][0], lane);
+      release<kCtas, kSource>(smem.half_empty[half.slot][0], lane);
       warpgroup_wait<0>();
-      release<kCtas>(smem.half_empty[half.slot][1], lane);
+      release<kCtas, kSource>(smem.half_empty[half.slot][1], lane);
       release<kCtas>(smem.rope_empty[rope.slot], lane);
       warpgroup_fence_operand(out);
       if (side == kLeft) half.advance();
