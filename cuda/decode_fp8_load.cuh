@@ -20,63 +20,106 @@ __device__ __forceinline__ void sync_loader() {
 
 // The scales that a thread has: of the key that `GatherThread` looks up, and of two tiles.
 struct ThreadScales {
-  float2 two = {0, 0};
-  float base[2];  // of the item so far
+  float scale[2];
+  float base[2];  // of the block before; zero: there is none
+  float lowest;   // below this it does not go, or the output so far might become infinite
+  int row;                 // among the rows of all groups' pages; -1: zeros
 
-  __device__ __forceinline__ void begin_item() { base[0] = base[1] = __int_as_float(1 << 23); }
+  __device__ __forceinline__ void begin_item() { base[0] = base[1] = lowest = 0; }
 
-  // `row`: among the rows of all groups' pages; -1: zeros. Does not wait for them.
-  __device__ __forceinline__ void load(const KernelParams& p, const Work& work, int row) {
-    const int first = GatherThread().lane / 16 * 8;
-    const char* const from = static_cast<const char*>(p.k_cache) + work.head * p.head_bytes +
-                             kLatentDim + first + static_cast<int64_t>(row) * p.row_bytes;
-    two = row < 0 ? float2{0, 0} : *reinterpret_cast<const float2*>(from);
+  // Does not wait for them.
+  __device__ __forceinline__ void load(const KernelParams& p, const Work& work, int of_row) {
+    row = of_row;
+    scale[0] = scale[1] = 0;
+    if (row < 0) return;
+    const char* const from = bytes(p, work) + kLatentDim + GatherThread().lane / 16 * 8;
+    const float2 two = *reinterpret_cast<const float2*>(from);
+    scale[0] = two.x, scale[1] = two.y;
   }
 
-  // Writes a block's scales. All of the loader's warps meet, for their largest.
-  __device__ __forceinline__ void write(BlockScales& block) {
+  // Writes a block's scales. All of the loader's warps meet.
+  __device__ __forceinline__ void write(const KernelParams& p, const Work& work,
+                                        BlockScales& block) {
     const GatherThread thread;
-    const bool upper = thread.lane >= 16;
-    const auto largest = [&](bool mine, float x) {
-      const uint32_t bits = __float_as_uint(fabsf(x));
-      return __uint_as_float(__reduce_max_sync(0xffffffffu, mine ? bits : 0));
-    };
-    const float4 of_warp = {largest(!upper, two.x), largest(!upper, two.y), largest(upper, two.x),
-                            largest(upper, two.y)};
-    if (thread.lane == 0) block.largest[thread.warp] = of_warp;
-    sync_loader();
-    const int tile = upper ? 2 : 0;
+    const int tile = thread.lane / 16 * 2;
+    share_range(block);
+    bool wide = false;
+#pragma unroll
+    for (int i = 0; i < kFp8Tiles; ++i) wide = wide || block.most(i) > block.least(i) + kWide;
+    if (wide) {
+      // A row of zeros may have any scale, and is not to push those of others out of range.
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const bool high = __float_as_uint(fabsf(scale[i])) > block.least(tile + i) + kWide;
+        if (high && is_zero(bytes(p, work) + (tile + i) * 128)) scale[i] = 0;
+      }
+      sync_loader();
+      share_range(block);
+    }
     const int key = thread.looked_up();
-    float scale[2] = {two.x, two.y};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      uint32_t top = 0;
-#pragma unroll
-      for (int warp = 0; warp < kGatherWarps; ++warp) {
-        top = max(top,
-                  __float_as_uint(reinterpret_cast<const float*>(&block.largest[warp])[tile + i]));
-      }
       constexpr float kRoom = 32;  // times 448 is a 16-bit float
+      const uint32_t most = block.most(tile + i);
+      const float top = __uint_as_float(most);
       float rebase = 1;
-      if (!(__uint_as_float(top) <= base[i] * kRoom)) {
-        const int exponent = min(max(static_cast<int>(top >> 23), 1), 253);
-        const float larger = __int_as_float(exponent << 23);
-        rebase = __fdividef(base[i], larger);
-        base[i] = larger;
+      if (!(top <= base[i] * kRoom) || (top > 0 && top * kRoom < base[i])) {
+        const int exponent = min(max(static_cast<int>(most >> 23), 1), 253);
+        const float now = fmaxf(__int_as_float(exponent << 23), lowest);
+        lowest = fmaxf(lowest, now * 0x1p-64f);
+        rebase = __fdividef(base[i], now);
+        base[i] = now;
       }
       const float inverse = __int_as_float((254 << 23) - __float_as_int(base[i]));
       const float next = __shfl_down_sync(0xffffffffu, scale[i], 1);
       block.of_keys[tile + i][key] = scale[i];
       if (key % 2 == 0) {
-        asm volatile(
-            "{\n.reg .b32 x;\ncvt.rn.f16x2.f32 x, %1, %2;\nst.shared.b32 [%0], x;\n}" ::"r"(
-                cast_smem_ptr_to_uint(&block.pairs[tile + i][pair_slot(key)])),
-            "f"(next * inverse), "f"(scale[i] * inverse)
-            : "memory");
+        uint32_t pair;
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;"
+            : "=r"(pair)
+            : "f"(next * inverse), "f"(scale[i] * inverse));
+        block.pairs[tile + i][pair_slot(key)] = pair;
       }
       if (key == 0) block.base[tile + i] = base[i], block.rebase[tile + i] = rebase;
     }
   }
+
+ private:
+  // As the bits of positive numbers: a ratio of 2^8.
+  static constexpr uint32_t kWide = 8 << 23;
+
+  __device__ __forceinline__ const char* bytes(const KernelParams& p, const Work& work) const {
+    return static_cast<const char*>(p.k_cache) + work.head * p.head_bytes +
+           static_cast<int64_t>(row) * p.row_bytes;
+  }
+
+  static __device__ __forceinline__ bool is_zero(const char* values) {
+    uint32_t any = 0;
+#pragma unroll 1
+    for (int i = 0; i < 128; i += 16) {
+      const uint4 four = *reinterpret_cast<const uint4*>(values + i);
+      any |= four.x | four.y | four.z | four.w;
+    }
+    return (any & 0x7f7f7f7fu) == 0;
+  }
+
+  // The largest and the smallest scale of every tile, but for zeros.
+  __device__ __forceinline__ void share_range(BlockScales& block) const {
+    const GatherThread thread;
+#pragma unroll
+    for (int i = 0; i < kFp8Tiles; ++i) {
+      const uint32_t bits = __float_as_uint(fabsf(scale[i % 2]));
+      const bool mine = thread.lane / 16 == i / 2;
+      const uint32_t most = __reduce_max_sync(0xffffffffu, mine ? bits : 0);
+      const uint32_t least = __reduce_min_sync(0xffffffffu, mine && bits != 0 ? bits : kNone);
+      if (thread.lane == 0) {
+        block.most_of_warp[i][thread.warp] = most;
+        block.least_of_warp[i][thread.warp] = least;
+      }
+    }
+    sync_loader();
+  }
+  static constexpr uint32_t kNone = 0x7fffffff;
 };
 
 // A thread has the copy engine bring all blocks, in the order of their use.
@@ -116,7 +159,7 @@ __device__ __forceinline__ void load(const KernelParams& p, const Fp8TensorMaps&
         SM90_TMA_LOAD_5D::copy(&maps.rope, barrier, kHint, block.rope, 0, row, 0, work.head, page);
       }
       if constexpr (smem.kBlocks) {
-        scales.write(block.scales);
+        scales.write(p, work, block.scales);
         reinterpret_cast<EmptyBarrier&>(full).arrive();
       }
     }
@@ -150,7 +193,7 @@ __device__ __forceinline__ void gather(const KernelParams& p, Fp8Memory<kFormat>
       gather_tiles<1, smem.kRopeBytes / kBlock / 16>(p, work, smem.rows, block.rope, 1, kRope);
       arrive_after_copies(full);
       if constexpr (smem.kBlocks) {
-        scales.write(block.scales);
+        scales.write(p, work, block.scales);
         reinterpret_cast<EmptyBarrier&>(full).arrive();
       }
     }

@@ -21,14 +21,25 @@ inline constexpr float kLowPiece = 1.0f / 32;
 static_assert(kPieces * kFp8Rows == 64, "the rows of a warpgroup's product");
 
 // The scales of a block of fp8_block, tile by tile.
-struct BlockScales {
+struct alignas(16) BlockScales {
   float of_keys[kFp8Tiles][kBlock];
   // For the values, of two neighbouring keys over `base`, a power of two that follows the largest
   // scale: 16-bit floats have no room for what scales can be. In the order of `pair_slot`.
   uint32_t pairs[kFp8Tiles][kBlock / 2];
   float base[kFp8Tiles];
-  float rebase[kFp8Tiles];       // what the output so far is to be multiplied with
-  float4 largest[kGatherWarps];  // scales of the tiles that each warp of the loader has
+  float rebase[kFp8Tiles];  // what the output so far is to be multiplied with
+  // The bits of the largest and the smallest scale that each warp of the loader has.
+  uint32_t most_of_warp[kFp8Tiles][kGatherWarps];
+  uint32_t least_of_warp[kFp8Tiles][kGatherWarps];
+
+  __device__ __forceinline__ uint32_t most(int tile) const {
+    const uint4 x = reinterpret_cast<const uint4&>(most_of_warp[tile]);
+    return max(max(x.x, x.y), max(x.z, x.w));
+  }
+  __device__ __forceinline__ uint32_t least(int tile) const {
+    const uint4 x = reinterpret_cast<const uint4&>(least_of_warp[tile]);
+    return min(min(x.x, x.y), min(x.z, x.w));
+  }
 };
 struct NoScales {};
 

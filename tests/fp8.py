@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -64,6 +65,21 @@ def dequantize(cache, name, k_scale=None):
         rope = np.ascontiguousarray(packed[..., 528:]).view(jnp.bfloat16)
         values[..., 512:] = rope.astype(np.float64)
     return values
+
+
+def tolerance(q, values):
+    """The dtype whose rounding errors may have, and what is allowed of lse beyond 16-bit caches.
+
+    The kernel multiplies eight bits of a query with e4m3, and the tensor cores add some 14 bits:
+    a score has an error of 2**-13 of the root of its products' squares, of float16 queries 2**-10.
+    This allows the largest of many.
+    """
+    if jax.default_backend() != "gpu":
+        return q.dtype, 0.0
+    rows = (np.asarray(x, np.float64) for x in (q, values))
+    norms = (np.linalg.norm(np.where(np.isfinite(x), x, 0), axis=-1) for x in rows)
+    products = np.prod([norm.max(initial=0) for norm in norms]) / 576
+    return jnp.dtype(jnp.bfloat16), products * (2**-9 if q.dtype == jnp.bfloat16 else 2**-7)
 
 
 @dataclasses.dataclass

@@ -80,7 +80,8 @@ class Fp8Test(parameterized.TestCase):
     def check(self, got, problem, **options):
         dtype = problem.q.dtype
         want, plain = (problem.reference(rounded_to=t, **options) for t in (None, dtype))
-        support.assert_decodes_well(self, got, want, plain, dtype)
+        tolerance = fp8.tolerance(problem.q, problem.values)
+        support.assert_decodes_well(self, got, want, plain, *tolerance)
 
 
 class PagedTest(Fp8Test):
@@ -172,9 +173,27 @@ class PagedTest(Fp8Test):
         )
         want = problem.reference()
         got = np.asarray(got[0], np.float64) / factor, got[1]
-        support.assert_decodes_well(
-            self, got, want, problem.reference(rounded_to=problem.q.dtype), problem.q.dtype
-        )
+        plain = problem.reference(rounded_to=problem.q.dtype)
+        tolerance = fp8.tolerance(problem.q, problem.values)
+        support.assert_decodes_well(self, got, want, plain, *tolerance)
+
+    @parameterized.parameters(
+        lambda token: np.where(token % 5, 2.0**-40, 0),
+        lambda token: np.where(token < 70, 0, 2.0**-40),
+        lambda token: np.where(token < 130, 2.0**-20, 1),
+        lambda token: np.where(token < 130, 1, 2.0**-20),
+        lambda token: 2.0 ** (token // 50 * 8 - 100),
+    )
+    def test_rows_of_all_sizes(self, size_of):
+        # A row of zeros has a scale of 1, whatever its neighbours have.
+        problem = fp8.make_problem(self.rng, [300], "fp8_block", h_q=16)
+        rows = np.nan_to_num(problem.values).astype(np.float32)
+        pages = problem.block_table[0, :5]
+        sizes = size_of(np.arange(320)).reshape(5, 64, 1, 1)
+        rows[pages, ..., :512] = (rows[pages, ..., :512] * sizes).astype(np.float32)
+        problem.k_cache[pages, ..., :656] = fp8.quantize(rows[pages], "fp8_block")
+        problem.values[:] = fp8.dequantize(problem.k_cache, "fp8_block")
+        self.check(decode(*problem.arrays, problem.k_scale), problem)
 
     @BOTH
     def test_append_then_decode(self, name):

@@ -77,11 +77,11 @@ def decode_in_low_precision(problem_arrays, softmax_scale, causal, weights_dtype
     return lax.map(decode_one, (q, block_table, cache_seqlens), batch_size=8)
 
 
-def assert_decodes_well(test_case, got, want, plain, dtype):
+def assert_decodes_well(test_case, got, want, plain, dtype, lse_slack=0.0):
     """Compares `(out, lse)` with the float64 oracle's.
 
     The error may be at most twice that of `plain`, the same computation written plainly, above the
-    rounding of one result to `dtype`.
+    rounding of one result to `dtype`. That of lse may be larger by `lse_slack`.
     """
     out, lse = (np.asarray(x, np.float64) for x in got)
     want_out, want_lse = want
@@ -97,18 +97,18 @@ def assert_decodes_well(test_case, got, want, plain, dtype):
 
     empty = np.isneginf(want_lse)
     np.testing.assert_array_equal(np.isneginf(lse), empty)
-    np.testing.assert_allclose(lse[~empty], want_lse[~empty], rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(lse[~empty], want_lse[~empty], rtol=1e-5, atol=1e-4 + lse_slack)
     zero_rows = empty.swapaxes(-1, -2)
     np.testing.assert_array_equal(out[zero_rows], 0)
 
 
-def assert_packed_decodes_well(test_case, got, want, plain, dtype):
+def assert_packed_decodes_well(test_case, got, want, plain, dtype, lse_slack=0.0):
     """The same for results of packed queries: out [total, h_q, 512] and lse [h_q, total]."""
     # Every query is a sequence of one.
     unpacked = (
         (np.asarray(out)[:, None], np.asarray(lse).T[:, :, None]) for out, lse in (got, want, plain)
     )
-    assert_decodes_well(test_case, *unpacked, dtype)
+    assert_decodes_well(test_case, *unpacked, dtype, lse_slack)
 
 
 def _rms(x):
