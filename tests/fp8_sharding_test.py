@@ -46,7 +46,8 @@ class Fp8ShardingTest(MeshTest):
         problem.values = fp8.dequantize(want, name, problem.k_scale)
         out, lse = problem.reference(causal=True)
         np.testing.assert_allclose(got[0].astype(np.float64), out, atol=5e-2, rtol=1e-2)
-        np.testing.assert_allclose(got[1], lse, atol=1e-4, rtol=1e-5)
+        slack = fp8.tolerance(problem.q, problem.values)[1]
+        np.testing.assert_allclose(got[1], lse, atol=1e-4 + slack, rtol=1e-5)
 
     def run_step(self, mesh, arrays, specs):
         """Runs it without collectives and in place. `None` operands have no specs."""
@@ -92,7 +93,8 @@ class Fp8ShardingTest(MeshTest):
             got = run(q, *rest, *scale)
         out, lse = problem.reference()
         np.testing.assert_allclose(np.asarray(got[0], np.float64), out, atol=5e-2, rtol=1e-2)
-        np.testing.assert_allclose(got[1], lse, atol=1e-4, rtol=1e-5)
+        slack = fp8.tolerance(problem.q, problem.values)[1]
+        np.testing.assert_allclose(got[1], lse, atol=1e-4 + slack, rtol=1e-5)
 
     @parameterized.product(name=NAMES, axis_type=AXIS_TYPES, unpaged=(False, True))
     def test_groups(self, name, axis_type, unpaged):
@@ -223,7 +225,8 @@ class ContextParallelTest(MeshTest):
         whole = fp8.Fp8Problem(q, None, None, np.arange(batch)[:, None], lengths, values)
         want = whole.reference(causal=causal)
         np.testing.assert_allclose(np.asarray(out, np.float64), want[0], atol=2e-2)
-        np.testing.assert_allclose(lse, want[1], atol=1e-4, rtol=1e-5)
+        slack = fp8.tolerance(q, values)[1]
+        np.testing.assert_allclose(lse, want[1], atol=1e-4 + slack, rtol=1e-5)
 
 
 if __name__ == "__main__":

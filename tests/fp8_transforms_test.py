@@ -118,7 +118,8 @@ class VmapTest(parameterized.TestCase):
         for i, part in enumerate(parts):
             out, lse = part.reference()
             np.testing.assert_allclose(np.asarray(got[0][i], np.float64), out, atol=5e-2, rtol=1e-2)
-            np.testing.assert_allclose(got[1][i], lse, atol=1e-4, rtol=1e-5)
+            slack = fp8.tolerance(part.q, part.values)[1]
+            np.testing.assert_allclose(got[1][i], lse, atol=1e-4 + slack, rtol=1e-5)
         one_cache = jax.vmap(run, (0, None, None, *[None] * len(scale)))
         got = one_cache(q, k_cache[0], lengths[0], *(x[0] for x in scale))
         want = run(q[2], k_cache[0], lengths[0], *(x[0] for x in scale))
@@ -177,7 +178,8 @@ class ExportTest(parameterized.TestCase):
             problem.values = fp8.dequantize(want_cache, name, problem.k_scale)
             want = problem.reference()
             np.testing.assert_allclose(np.asarray(out, np.float64), want[0], atol=5e-2, rtol=1e-2)
-            np.testing.assert_allclose(lse, want[1], atol=1e-4, rtol=1e-5)
+            slack = fp8.tolerance(problem.q, problem.values)[1]
+            np.testing.assert_allclose(lse, want[1], atol=1e-4 + slack, rtol=1e-5)
 
 
 PAGES, BATCH = 1000, 4

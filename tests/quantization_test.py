@@ -80,7 +80,11 @@ class QuantizeTest(parameterized.TestCase):
         if name == "fp8_per_tensor":
             want = fp8.scales_of(fp8.largest_finite(rows, None), power_of_two)
             np.testing.assert_array_equal(k_scale, want)
-        fp8.assert_same_bytes(got, fp8.quantize(rows, name, k_scale, power_of_two))
+        want = fp8.quantize(rows, name, k_scale, power_of_two)
+        if jax.default_backend() == "gpu":  # whose reciprocals are not always the nearest
+            fp8.assert_next_to(got, want)
+        else:
+            fp8.assert_same_bytes(got, want)
         values = dequantize(got, k_scale)
         want = fp8.dequantize(got, name, k_scale).astype(np.float32)
         np.testing.assert_array_equal(values, want)
