@@ -23,7 +23,7 @@ struct ThreadScales {
   float scale[2];
   float base[2];  // of the block before; zero: there is none
   float lowest;   // below this it does not go, or the output so far might become infinite
-  int row;                 // among the rows of all groups' pages; -1: zeros
+  int row;        // among the rows of all groups' pages; -1: zeros
 
   __device__ __forceinline__ void begin_item() { base[0] = base[1] = lowest = 0; }
 
