@@ -1,5 +1,5 @@
-// The split kernel for FP8 caches: 32 query rows a CTA. Keys come row by row (decode_gather.cuh)
-// and stay e4m3 all the way: queries and weights are split into e4m3 pieces instead.
+// The split kernel for FP8 caches: 32 query rows a CTA. Keys stay e4m3: queries are split into e4m3
+// pieces, and values are widened on their way into registers. Drawn in cuda/README.md.
 #include <cutlass/arch/reg_reconfig.h>
 #include <cutlass/numeric_types.h>
 

@@ -160,7 +160,7 @@ __device__ __forceinline__ void load(const KernelParams& p, const Fp8TensorMaps&
       }
       if constexpr (smem.kBlocks) {
         scales.write(p, work, block.scales);
-        reinterpret_cast<EmptyBarrier&>(full).arrive();
+        full.arrive();
       }
     }
   }
@@ -194,7 +194,7 @@ __device__ __forceinline__ void gather(const KernelParams& p, Fp8Memory<kFormat>
       arrive_after_copies(full);
       if constexpr (smem.kBlocks) {
         scales.write(p, work, block.scales);
-        reinterpret_cast<EmptyBarrier&>(full).arrive();
+        full.arrive();
       }
     }
   }

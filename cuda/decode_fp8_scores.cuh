@@ -199,13 +199,6 @@ __device__ __forceinline__ void compute_scores(typename Fp8Memory<kFormat>::Bloc
   static_assert(kFp8Tiles % 2 == 0);
 }
 
-// Over the four threads that share a row.
-template <typename Combine>
-__device__ __forceinline__ float over_quad(float x, const Combine& combine) {
-  x = combine(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return combine(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-
 // Writes the weights of a warp's rows. A thread's pairs are those of a matrix of 8 x 8 for every
 // eight keys.
 __device__ __forceinline__ void write_weights(half_t* p, int first_row, int lane,
@@ -219,7 +212,7 @@ __device__ __forceinline__ void write_weights(half_t* p, int first_row, int lane
       asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pairs[j]) : "f"(pair[1]), "f"(pair[0]));
     }
     SM90_U32x4_STSM_N::copy(pairs[0], pairs[1], pairs[2], pairs[3],
-                            *fp8_vector(p, first_row + lane % 8, i * 4 + lane / 8));
+                            vector_at(p, first_row + lane % 8, i * 4 + lane / 8));
   }
 }
 
@@ -242,7 +235,7 @@ __device__ __forceinline__ void clear_keys(typename Fp8Memory<kFormat>::Block& b
   for (int i = thread; i < (end - begin) * (kLatentDim / 16); i += kWarpgroup) {
     const int row = begin + i / (kLatentDim / 16);
     // Swizzling permutes vectors inside a row of a tile: all of them are cleared.
-    *fp8_vector(block.latent[i / 8 % kFp8Tiles], row, i % 8) = uint128_t{};
+    vector_at(block.latent[i / 8 % kFp8Tiles], row, i % 8) = uint128_t{};
   }
 }
 
@@ -295,7 +288,7 @@ __device__ __forceinline__ void run_fp8_scores(const KernelParams& p, Fp8Memory<
             if (view.left < kBlock) clear_keys<kFormat>(keys, view.left, kBlock, thread);
           }
         }
-        const float top = over_quad(over_all(scores, larger), larger);
+        const float top = reduce_quad(over_all(scores, larger), larger);
         const float before = base;
         base = top > base + kMaxLag ? top : base;
         const float rescale = exp2_approx(before - base);
@@ -306,7 +299,7 @@ __device__ __forceinline__ void run_fp8_scores(const KernelParams& p, Fp8Memory<
         auto& weights = smem.weights[turn.slot];
         smem.weights_empty[turn.slot].wait(turn.parity ^ 1);
         write_weights(weights.p, thread / 32 * 8, lane, scores);
-        if (last) total = over_quad(sum, plus);
+        if (last) total = reduce_quad(sum, plus);
         if (writer) {
           weights.rescale[row_slot(row)] = block == item.first ? 1 : rescale;
           if (last) {

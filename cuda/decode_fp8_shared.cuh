@@ -72,9 +72,6 @@ struct Fp8Memory {
 static_assert(sizeof(Fp8Memory<KeyFormat::kFp8PerTensor>) <= 232448, "an SM has 227 KiB");
 static_assert(sizeof(Fp8Memory<KeyFormat::kFp8Block>) <= 232448, "an SM has 227 KiB");
 
-// Registers are scarce: nothing that comes of the lane is to be in one from before.
-__device__ __forceinline__ void keep_nothing_of(int& lane) { asm volatile("" : "+r"(lane)); }
-
 // A thread of the values has two of every eight query rows: its eight lie side by side.
 __device__ __forceinline__ int row_slot(int row) {
   return row % 8 / 2 * (kFp8Rows / 4) + row / 8 * 2 + row % 2;
@@ -82,11 +79,6 @@ __device__ __forceinline__ int row_slot(int row) {
 
 // A thread of the values has two keys of every eight.
 __device__ __forceinline__ int pair_slot(int key) { return key % 8 / 2 * (kBlock / 8) + key / 8; }
-
-// The address of a 16-byte vector of a swizzled tile of 128-byte rows.
-__device__ __forceinline__ uint128_t* fp8_vector(void* tile, int row, int vector) {
-  return static_cast<uint128_t*>(tile) + row * 8 + (vector ^ row % 8);
-}
 
 // Two pairs of e4m3 values.
 struct Pieces {

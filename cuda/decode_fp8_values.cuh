@@ -58,8 +58,7 @@ __device__ __forceinline__ void read_values(uint8_t* tile, int vector, int lane,
 #pragma unroll
   for (int i = 0; i < kBlock / 8; i += 4) {
     uint32_t raw[4];
-    SM75_U16x8_LDSM_T::copy(*fp8_vector(tile, i * 8 + lane, vector), raw[0], raw[1], raw[2],
-                            raw[3]);
+    SM75_U16x8_LDSM_T::copy(vector_at(tile, i * 8 + lane, vector), raw[0], raw[1], raw[2], raw[3]);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       uint32_t columns[2];
@@ -101,6 +100,9 @@ __device__ __forceinline__ void scale_tiles(Fp8Output& out, int pair, float by) 
 #pragma unroll
   for (int i = even(pair * 2, 0); i < even(pair * 2 + 2, 0); ++i) out(i) *= by;
 }
+
+// Registers are scarce: nothing that comes of the lane is to be in one from before.
+__device__ __forceinline__ void keep_nothing_of(int& lane) { asm volatile("" : "+r"(lane)); }
 
 // Writes what a thread has: partial results in the order of decode.h, or results.
 template <typename Element>

@@ -40,12 +40,6 @@ struct NarrowMemory {
 };
 static_assert(sizeof(NarrowMemory<cutlass::bfloat16_t>) <= 232448, "an SM has 227 KiB");
 
-// The address of a 16-byte vector of a swizzled tile of 128-byte rows.
-template <typename Element>
-__device__ __forceinline__ uint128_t& vector_at(Element* tile, int row, int vector) {
-  return reinterpret_cast<uint128_t*>(tile)[row * 8 + (vector ^ row % 8)];
-}
-
 // The operand A of a step of 16 columns: all rows of a tile of queries or of the weights.
 template <typename Element>
 __device__ __forceinline__ void read_rows(Element* tile, int step, int lane, uint32_t (&a)[4]) {
@@ -97,12 +91,6 @@ __device__ __forceinline__ void scale_rows(float4 (&out)[8], const float (&facto
 
 __device__ __forceinline__ void sync_math() { cutlass::arch::NamedBarrier::sync(kMathThreads, 1); }
 
-// Combines what the four threads have that share a row.
-template <typename Combine>
-__device__ __forceinline__ float reduce_quad(float x, const Combine& combine) {
-  x = combine(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return combine(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
 // Combines eight numbers.
 template <typename Combine>
 __device__ __forceinline__ float reduce_eight(const float* parts, const Combine& combine) {

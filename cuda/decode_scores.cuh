@@ -150,16 +150,6 @@ __device__ __forceinline__ void clear_keys(SharedMemory<Element>& smem,
   }
 }
 
-// Over the four threads that share a row.
-__device__ __forceinline__ float row_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-__device__ __forceinline__ float row_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
-
 // Of a thread's two rows, over the blocks so far.
 struct Statistics {
   float max[2] = {-FLT_MAX, -FLT_MAX};  // base 2; may lag, see kMaxLag
@@ -175,7 +165,7 @@ __device__ __forceinline__ void softmax(Scores& scores, Statistics& stats, float
     float top = score(0);
 #pragma unroll
     for (int i = 1; i < 16; ++i) top = fmaxf(top, score(i));
-    top = row_max(top);
+    top = reduce_quad(top, [](float x, float y) { return fmaxf(x, y); });
     const float max = top > stats.max[row] + kMaxLag ? top : stats.max[row];
     factor[row] = exp2_approx(stats.max[row] - max);
     stats.max[row] = max;
@@ -268,7 +258,7 @@ __device__ __forceinline__ void run_scores(const KernelParams& p, SharedMemory<E
           // The output is still zero before the first block.
           if (writer) smem.factor[rope.slot][rows.row(i)] = block == item.first ? 1 : factor[i];
           if (last) {
-            total[i] = row_sum(stats.sum[i]);
+            total[i] = reduce_quad(stats.sum[i], [](float x, float y) { return x + y; });
             if (writer) {
               smem.inverse[rope.slot][rows.row(i)] = total[i] == 0 ? 0 : __fdividef(1.0f, total[i]);
             }

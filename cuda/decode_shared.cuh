@@ -56,6 +56,12 @@ template <typename Element>
 using ValueLayout = decltype(composition(
     PartLayout<Element>{}, make_layout(Shape<Int<kPartTiles * 64>, _64>{}, Stride<_64, _1>{})));
 
+// The address of a 16-byte vector of a swizzled tile of 128-byte rows.
+template <typename Element>
+__device__ __forceinline__ uint128_t& vector_at(Element* tile, int row, int vector) {
+  return reinterpret_cast<uint128_t*>(tile)[row * 8 + (vector ^ row % 8)];
+}
+
 using FullBarrier = cutlass::arch::ClusterTransactionBarrier;
 using EmptyBarrier = cutlass::arch::ClusterBarrier;
 
@@ -78,9 +84,6 @@ enum class Source { kPages, kRows };
 // Where the rows of a block are, for the warps that copy keys row by row (decode_gather.cuh).
 inline constexpr int kGatherWarps = 4;
 inline constexpr int kGatherThreads = kGatherWarps * 32;
-// Rows of a block that a lane copies 16 bytes a tile of: with seven other lanes, one row in
-// sixteen.
-inline constexpr int kLaneRows = kBlock / 16;
 static_assert(kGatherThreads == 128, "sixteen rows at once");
 // In shared memory, since registers are scarce: [warp][place among the warp's four rows][row].
 using GatherRows = int4[kGatherWarps][4];

@@ -18,6 +18,13 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+// Combines what the four threads have that share a row.
+template <typename Combine>
+__device__ __forceinline__ float reduce_quad(float x, const Combine& combine) {
+  x = combine(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return combine(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
 // The hyperbolic tangent of a product of a query and a key, scaled, that is to be capped.
 __device__ __forceinline__ float capped(const KernelParams& p, float product) {
   return 1 - __fdividef(2.0f, 1 + exp2_approx(product * p.cap_scale));
