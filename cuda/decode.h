@@ -14,7 +14,7 @@ inline constexpr int kLatentDim = 512;      // the first of them are also the va
 inline constexpr int kFp8BlockBytes = 656;  // of a row of kFp8Block: 512, four scales, 64 bfloat16
 inline constexpr int kRowTile = 64;         // query rows of a CTA of the wide kernel
 inline constexpr int kNarrowRows = 16;      // of the narrow one
-inline constexpr int kFp8Rows = 32;         // of the one for FP8 caches
+inline constexpr int kFp8FewRows = 32;      // of the one for FP8 caches; or kRowTile
 inline constexpr int kPartialRows = 16;     // partial results: tiles of so many rows
 inline constexpr int kPartialColumns = 8;   // and columns
 inline constexpr float kLog2E = 1.4426950408889634f;
@@ -68,7 +68,11 @@ struct DecodeParams {
   __host__ __device__ int num_rows() const { return s_q * heads_per_kv(); }
   __host__ __device__ bool is_fp8() const { return key_format != KeyFormat::kPlain; }
   // Query rows of one CTA, and how many CTAs share a sequence's keys.
-  __host__ __device__ int cta_rows() const { return is_fp8() ? kFp8Rows : kRowTile; }
+  __host__ __device__ int cta_rows() const { return has_few_rows() ? kFp8FewRows : kRowTile; }
+  // From small pages, FP8 rows come into CTAs of few query rows only.
+  __host__ __device__ bool has_few_rows() const {
+    return is_fp8() && (num_rows() <= kFp8FewRows || page_tokens < kBlockTokens);
+  }
   __host__ __device__ int row_tiles() const { return (num_rows() + cta_rows() - 1) / cta_rows(); }
   __host__ __device__ int partial_tiles() const {
     return (num_rows() + kPartialRows - 1) / kPartialRows;

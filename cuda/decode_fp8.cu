@@ -15,25 +15,35 @@ namespace {
 
 inline constexpr int kReady = 2;  // the named barrier for: memory is set up
 
-template <Source kSource, KeyFormat kFormat>
-__device__ __forceinline__ void init_barriers(Fp8Memory<kFormat>& smem) {
-  for (FullBarrier& barrier : smem.full) barrier.init(kFp8FullArrivals<kSource, kFormat>);
+template <Source kSource, int kRows, KeyFormat kFormat>
+__device__ __forceinline__ void init_barriers(Fp8Memory<kRows, kFormat>& smem) {
+  for (FullBarrier& barrier : smem.full) barrier.init(kFullArrivals<kSource>);
   for (EmptyBarrier& barrier : smem.empty) barrier.init(2 * kWarpgroup);
+  for (EmptyBarrier& barrier : smem.scales_full) barrier.init(kScaleWarps * 32);
   for (EmptyBarrier& barrier : smem.weights_full) barrier.init(kWarpgroup);
   for (EmptyBarrier& barrier : smem.weights_empty) barrier.init(2 * kWarpgroup);
   smem.work_known.init(1);
   cutlass::arch::fence_barrier_init();
 }
 
-template <Source kSource, KeyFormat kFormat, typename Element>
+// Of a thread, by its role.
+template <int kRows, KeyFormat kFormat>
+struct Registers {
+  static constexpr bool kMany = kRows == kRowTile;
+  static constexpr int kValues = kMany ? 168 : kRows == kNarrowRows ? 128 : 136;
+  static constexpr int kLoader = kMany && kFormat != KeyFormat::kFp8Block ? 24 : kMany ? 40 : 48;
+  static constexpr int kScores = 512 - 2 * kValues - kLoader;
+};
+
+template <Source kSource, int kRows, KeyFormat kFormat, typename Element>
 __global__ void __launch_bounds__(kThreads, 1)
     fp8_kernel(const __grid_constant__ KernelParams p, const __grid_constant__ Fp8TensorMaps maps) {
   extern __shared__ __align__(1024) char raw[];
-  auto& smem = *reinterpret_cast<Fp8Memory<kFormat>*>(raw);
+  auto& smem = *reinterpret_cast<Fp8Memory<kRows, kFormat>*>(raw);
   const int role = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0);
   const int thread = threadIdx.x % kWarpgroup;
   if (role == kLoader) {
-    cutlass::arch::warpgroup_reg_dealloc<40>();
+    cutlass::arch::warpgroup_reg_dealloc<Registers<kRows, kFormat>::kLoader>();
     if (thread == 0) init_barriers<kSource>(smem);
     __syncwarp();
     wait_for_kernel_before();
@@ -46,24 +56,24 @@ __global__ void __launch_bounds__(kThreads, 1)
       gather(p, smem);
     }
     __syncwarp();
-    write_empty<kWarpgroup>(p, smem.work, smem.work.tile * kFp8Rows, kFp8Rows, thread);
+    write_empty<kWarpgroup>(p, smem.work, smem.work.tile * kRows, kRows, thread);
   } else {
     wait_for_kernel_before();
     if (threadIdx.x == 0) smem.work = check_plan(p, find_work(p));
     cutlass::arch::NamedBarrier::sync(kThreads, kReady);
     if (threadIdx.x == 0) smem.work_known.arrive();
     if (role == kScores) {
-      cutlass::arch::warpgroup_reg_alloc<184>();
-      run_fp8_scores<kSource, kFormat, Element>(p, smem, thread);
+      cutlass::arch::warpgroup_reg_alloc<Registers<kRows, kFormat>::kScores>();
+      run_fp8_scores<kSource, kRows, kFormat, Element>(p, smem, thread);
     } else {
-      cutlass::arch::warpgroup_reg_alloc<144>();
-      run_fp8_values<kFormat, Element>(p, smem, role, thread);
+      cutlass::arch::warpgroup_reg_alloc<Registers<kRows, kFormat>::kValues>();
+      run_fp8_values<kRows, kFormat, Element>(p, smem, role, thread);
     }
   }
   __syncthreads();  // barriers of part of the CTA want all of it to be there
 }
 
-template <Source kSource, KeyFormat kFormat, typename Element>
+template <Source kSource, int kRows, KeyFormat kFormat, typename Element>
 cudaError_t launch(const DecodeParams& p, cudaStream_t stream) {
   Fp8TensorMaps maps = {};
   if (kSource == Source::kPages) {
@@ -72,14 +82,16 @@ cudaError_t launch(const DecodeParams& p, cudaStream_t stream) {
   }
   const LaunchShape shape = {.ctas = int64_t{p.groups} * p.num_parts * p.h_kv * p.row_tiles(),
                              .threads = kThreads,
-                             .shared_bytes = sizeof(Fp8Memory<kFormat>)};
-  return launch_dependent<fp8_kernel<kSource, kFormat, Element>>(shape, stream, p, maps);
+                             .shared_bytes = sizeof(Fp8Memory<kRows, kFormat>)};
+  return launch_dependent<fp8_kernel<kSource, kRows, kFormat, Element>>(shape, stream, p, maps);
 }
 
 template <KeyFormat kFormat, typename Element>
 cudaError_t launch_for_keys(const DecodeParams& p, cudaStream_t stream) {
-  return comes_by_rows(p) ? launch<Source::kRows, kFormat, Element>(p, stream)
-                          : launch<Source::kPages, kFormat, Element>(p, stream);
+  if (comes_by_rows(p)) return launch<Source::kRows, kFp8FewRows, kFormat, Element>(p, stream);
+  if (is_narrow(p)) return launch<Source::kPages, kNarrowRows, kFormat, Element>(p, stream);
+  return p.has_few_rows() ? launch<Source::kPages, kFp8FewRows, kFormat, Element>(p, stream)
+                          : launch<Source::kPages, kRowTile, kFormat, Element>(p, stream);
 }
 
 template <KeyFormat kFormat>

@@ -7,135 +7,141 @@
 
 namespace jax_flashmla {
 
-// Arrivals that complete a full barrier: of the thread that tells the copy engine, or of all that
-// copy row by row; of all when they have written scales.
-template <Source kSource, KeyFormat kFormat>
-inline constexpr int kFp8FullArrivals =
-    kFullArrivals<kSource> + (kFormat == KeyFormat::kFp8Block ? kGatherThreads : 0);
-
 // A named barrier for the loader's four warps.
 __device__ __forceinline__ void sync_loader() {
   cutlass::arch::NamedBarrier::sync(kGatherThreads, 3);
 }
 
-// The scales that a thread has: of the key that `GatherThread` looks up, and of two tiles.
-struct ThreadScales {
-  float scale[2];
-  float base[2];  // of the block before; zero: there is none
-  float lowest;   // below this it does not go, or the output so far might become infinite
-  int row;        // among the rows of all groups' pages; -1: zeros
+// Prepares the scales of an item's blocks, one after the other: a warp those of two tiles. A lane
+// has two neighbouring keys' scales, and what is known of the tile `lane % 2` of both.
+struct ScalePreparer {
+  static constexpr int kTiles = 2;  // of a warp
+  int first_tile;
+  float base = 0;    // of the block before; zero: there is none
+  float lowest = 0;  // below this it does not go, or the output so far might become infinite
 
-  __device__ __forceinline__ void begin_item() { base[0] = base[1] = lowest = 0; }
-
-  // Does not wait for them.
-  __device__ __forceinline__ void load(const KernelParams& p, const Work& work, int of_row) {
-    row = of_row;
-    scale[0] = scale[1] = 0;
-    if (row < 0) return;
-    const char* const from = bytes(p, work) + kLatentDim + GatherThread().lane / 16 * 8;
-    const float2 two = *reinterpret_cast<const float2*>(from);
-    scale[0] = two.x, scale[1] = two.y;
-  }
-
-  // Writes a block's scales. All of the loader's warps meet.
-  __device__ __forceinline__ void write(const KernelParams& p, const Work& work,
-                                        BlockScales& block) {
-    const GatherThread thread;
-    const int tile = thread.lane / 16 * 2;
-    share_range(block);
-    bool wide = false;
-#pragma unroll
-    for (int i = 0; i < kFp8Tiles; ++i) wide = wide || block.most(i) > block.least(i) + kWide;
-    if (wide) {
-      // A row of zeros may have any scale, and is not to push those of others out of range.
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const bool high = __float_as_uint(fabsf(scale[i])) > block.least(tile + i) + kWide;
-        if (high && is_zero(bytes(p, work) + (tile + i) * 128)) scale[i] = 0;
-      }
-      sync_loader();
-      share_range(block);
-    }
-    const int key = thread.looked_up();
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      constexpr float kRoom = 32;  // times 448 is a 16-bit float
-      const uint32_t most = block.most(tile + i);
-      const float top = __uint_as_float(most);
-      float rebase = 1;
-      if (!(top <= base[i] * kRoom) || (top > 0 && top * kRoom < base[i])) {
-        const int exponent = min(max(static_cast<int>(most >> 23), 1), 253);
-        const float now = fmaxf(__int_as_float(exponent << 23), lowest);
-        lowest = fmaxf(lowest, now * 0x1p-64f);
-        rebase = __fdividef(base[i], now);
-        base[i] = now;
-      }
-      const float inverse = __int_as_float((254 << 23) - __float_as_int(base[i]));
-      const float next = __shfl_down_sync(0xffffffffu, scale[i], 1);
-      block.of_keys[tile + i][key] = scale[i];
-      if (key % 2 == 0) {
-        uint32_t pair;
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;"
-            : "=r"(pair)
-            : "f"(next * inverse), "f"(scale[i] * inverse));
-        block.pairs[tile + i][pair_slot(key)] = pair;
-      }
-      if (key == 0) block.base[tile + i] = base[i], block.rebase[tile + i] = rebase;
-    }
+  // Waits for a block, writes its scales and says so.
+  template <typename Memory, int kSlots>
+  __device__ __forceinline__ void prepare(const KernelParams& p, const Item& item, int number,
+                                          Memory& smem, const Ring<kSlots>& slot) {
+    auto& block = smem.blocks[slot.slot];
+    smem.full[slot.slot].wait(slot.parity);
+    __syncwarp();
+    write(p, item.length - number * kBlock, block.latent, smem.scales[slot.slot]);
+    smem.scales_full[slot.slot].arrive();
   }
 
  private:
   // As the bits of positive numbers: a ratio of 2^8.
   static constexpr uint32_t kWide = 8 << 23;
+  static constexpr uint32_t kNone = 0x7fffffff;
 
-  __device__ __forceinline__ const char* bytes(const KernelParams& p, const Work& work) const {
-    return static_cast<const char*>(p.k_cache) + work.head * p.head_bytes +
-           static_cast<int64_t>(row) * p.row_bytes;
+  // `left`: keys from the block's first on.
+  __device__ __forceinline__ void write(const KernelParams& p, int left,
+                                        const uint8_t (&latent)[kFp8Tiles][kTileBytes],
+                                        BlockScales& scales) {
+    const int lane = GatherThread().lane;
+    float scale[2][kTiles];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int from_key = left - lane * 2 - i;
+      const bool seen = from_key > 0 && from_key <= p.most_hidden + p.window;
+      const float2 two = *reinterpret_cast<const float2*>(&scales.raw[lane * 2 + i][first_tile]);
+      scale[i][0] = seen ? two.x : 0, scale[i][1] = seen ? two.y : 0;
+    }
+    uint32_t most_of_mine = 0;
+    uint32_t high[kTiles];  // scales above this are far from the smallest
+    bool wide[kTiles];      // whether there are such
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const uint32_t most = find_most(scale[0][tile], scale[1][tile]);
+      high[tile] = find_least(scale[0][tile], scale[1][tile]) + kWide;
+      wide[tile] = most > high[tile];
+      if (lane % kTiles == tile) most_of_mine = most;
+    }
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      if (__builtin_expect(wide[tile], 0)) {
+        // A row of zeros may have any scale, and is not to push those of others out of range.
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const uint8_t* const row = latent[first_tile + tile] + (lane * 2 + i) * 128;
+          if (bits(scale[i][tile]) > high[tile] && is_zero(row)) scale[i][tile] = 0;
+        }
+        __syncwarp();
+        const uint32_t most = find_most(scale[0][tile], scale[1][tile]);
+        if (lane % kTiles == tile) most_of_mine = most;
+      }
+    }
+    const float rebase = follow(most_of_mine);
+    __syncwarp();
+    const float inverse_of_mine = __int_as_float((254 << 23) - __float_as_int(base));
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const float inverse = __shfl_sync(0xffffffffu, inverse_of_mine, tile);
+      const float first = scale[0][tile], second = scale[1][tile];
+      reinterpret_cast<float2&>(scales.of_keys[first_tile + tile][scale_slot(lane * 2)]) = {first,
+                                                                                            second};
+      uint32_t pair;
+      asm("cvt.rn.f16x2.f32 %0, %1, %2;"
+          : "=r"(pair)
+          : "f"(second * inverse), "f"(first * inverse));
+      scales.pairs[first_tile + tile][pair_slot(lane * 2)] = pair;
+    }
+    if (lane < kTiles) {
+      scales.base[first_tile + lane] = base;
+      scales.rebase[first_tile + lane] = rebase;
+    }
   }
 
-  static __device__ __forceinline__ bool is_zero(const char* values) {
+  // Lets `base` follow the largest scale; returns what the output so far is to be multiplied with.
+  __device__ __forceinline__ float follow(uint32_t most) {
+    constexpr float kRoom = 32;  // times 448 is a 16-bit float
+    const float top = __uint_as_float(most);
+    if (top <= base * kRoom && (top == 0 || top * kRoom >= base)) return 1;
+    const int exponent = min(max(static_cast<int>(most >> 23), 1), 253);
+    const float now = fmaxf(__int_as_float(exponent << 23), lowest);
+    lowest = fmaxf(lowest, now * 0x1p-64f);
+    const float rebase = __fdividef(base, now);
+    base = now;
+    return rebase;
+  }
+
+  static __device__ __forceinline__ uint32_t bits(float scale) {
+    return __float_as_uint(fabsf(scale));
+  }
+
+  // The largest and, but for zeros, the smallest of a warp's.
+  static __device__ __forceinline__ uint32_t find_most(float x, float y) {
+    return __reduce_max_sync(0xffffffffu, max(bits(x), bits(y)));
+  }
+  static __device__ __forceinline__ uint32_t find_least(float x, float y) {
+    const uint32_t of_x = bits(x) != 0 ? bits(x) : kNone, of_y = bits(y) != 0 ? bits(y) : kNone;
+    return __reduce_min_sync(0xffffffffu, min(of_x, of_y));
+  }
+
+  // Of a row of a tile: swizzling permutes vectors inside it.
+  static __device__ __forceinline__ bool is_zero(const uint8_t* row) {
     uint32_t any = 0;
 #pragma unroll 1
     for (int i = 0; i < 128; i += 16) {
-      const uint4 four = *reinterpret_cast<const uint4*>(values + i);
+      const uint4 four = *reinterpret_cast<const uint4*>(row + i);
       any |= four.x | four.y | four.z | four.w;
     }
     return (any & 0x7f7f7f7fu) == 0;
   }
-
-  // The largest and the smallest scale of every tile, but for zeros.
-  __device__ __forceinline__ void share_range(BlockScales& block) const {
-    const GatherThread thread;
-#pragma unroll
-    for (int i = 0; i < kFp8Tiles; ++i) {
-      const uint32_t bits = __float_as_uint(fabsf(scale[i % 2]));
-      const bool mine = thread.lane / 16 == i / 2;
-      const uint32_t most = __reduce_max_sync(0xffffffffu, mine ? bits : 0);
-      const uint32_t least = __reduce_min_sync(0xffffffffu, mine && bits != 0 ? bits : kNone);
-      if (thread.lane == 0) {
-        block.most_of_warp[i][thread.warp] = most;
-        block.least_of_warp[i][thread.warp] = least;
-      }
-    }
-    sync_loader();
-  }
-  static constexpr uint32_t kNone = 0x7fffffff;
 };
 
 // A thread has the copy engine bring all blocks, in the order of their use.
-template <KeyFormat kFormat>
-__device__ __forceinline__ void load(const KernelParams& p, const Fp8TensorMaps& maps,
-                                     Fp8Memory<kFormat>& smem) {
+template <int kRows, KeyFormat kFormat>
+__device__ __forceinline__ void copy_blocks(const KernelParams& p, const Fp8TensorMaps& maps,
+                                            Fp8Memory<kRows, kFormat>& smem) {
   constexpr auto kHint = static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_FIRST);
   const Work& work = smem.work;
-  const bool first_thread = threadIdx.x % kGatherThreads == 0;
-  if (!smem.kBlocks && !first_thread) return;
-  ThreadScales scales;
-  Ring<Fp8Memory<kFormat>::kSlots> slot;
+  Ring<Fp8Memory<kRows, kFormat>::kSlots> slot;
 #pragma unroll 1
   for (int seq = work.begin_seq; has_item(work, seq); ++seq) {
     const Item item = find_item<true>(p, work, seq);
-    if constexpr (smem.kBlocks) scales.begin_item();
     int next = load_page<1>(p, work, seq, item.first);
 #pragma unroll 1
     for (int number = item.first; number < item.last; ++number, slot.advance()) {
@@ -143,59 +149,88 @@ __device__ __forceinline__ void load(const KernelParams& p, const Fp8TensorMaps&
       const int page = check_page(p, work, next);
       const int row = (number & ((1 << p.page_shift) - 1)) * kBlock;
       next = load_page<1>(p, work, seq, number + 1);
-      if constexpr (smem.kBlocks) {
-        const int key = GatherThread().looked_up();
-        const int left = item.length - number * kBlock - key;
-        const bool seen = page >= 0 && left > 0 && left <= p.most_hidden + p.window;
-        scales.load(p, work, seen ? page * p.page_tokens + row + key : -1);
-      }
       FullBarrier& full = smem.full[slot.slot];
       smem.empty[slot.slot].wait(slot.parity ^ 1);
-      if (first_thread) {
-        auto* const barrier = reinterpret_cast<uint64_t*>(&full);
-        full.arrive_and_expect_tx(sizeof(block.latent) + sizeof(block.rope));
-        SM90_TMA_LOAD_5D::copy(&maps.latent, barrier, kHint, block.latent, 0, row, 0, work.head,
-                               page);
-        SM90_TMA_LOAD_5D::copy(&maps.rope, barrier, kHint, block.rope, 0, row, 0, work.head, page);
-      }
+      auto* const barrier = reinterpret_cast<uint64_t*>(&full);
+      uint32_t bytes = sizeof(block.latent) + sizeof(block.rope);
+      if constexpr (smem.kBlocks) bytes += sizeof(BlockScales::raw);
+      full.arrive_and_expect_tx(bytes);
+      // Scales first: they are what is to be prepared before others can use the block.
       if constexpr (smem.kBlocks) {
-        scales.write(p, work, block.scales);
-        full.arrive();
+        SM90_TMA_LOAD_5D::copy(&maps.scales, barrier, kHint, smem.scales[slot.slot].raw, 0, row, 0,
+                               work.head, page);
       }
+      SM90_TMA_LOAD_5D::copy(&maps.latent, barrier, kHint, block.latent, 0, row, 0, work.head,
+                             page);
+      SM90_TMA_LOAD_5D::copy(&maps.rope, barrier, kHint, block.rope, 0, row, 0, work.head, page);
     }
   }
 }
 
-// The same row by row, by all four warps.
-template <KeyFormat kFormat>
-__device__ __forceinline__ void gather(const KernelParams& p, Fp8Memory<kFormat>& smem) {
+// Two warps prepare the scales of the same blocks.
+template <int kRows, KeyFormat kFormat>
+__device__ __forceinline__ void prepare_scales(const KernelParams& p,
+                                               Fp8Memory<kRows, kFormat>& smem, int warp) {
   const Work& work = smem.work;
-  ThreadScales scales;
-  Ring<Fp8Memory<kFormat>::kSlots> slot;
+  Ring<Fp8Memory<kRows, kFormat>::kSlots> slot;
 #pragma unroll 1
   for (int seq = work.begin_seq; has_item(work, seq); ++seq) {
     const Item item = find_item<true>(p, work, seq);
-    if constexpr (smem.kBlocks) scales.begin_item();
-    int next = load_row_page(p, work, item, item.first);
+    ScalePreparer preparer{warp * ScalePreparer::kTiles};
 #pragma unroll 1
     for (int number = item.first; number < item.last; ++number, slot.advance()) {
-      auto& block = smem.blocks[slot.slot];
-      find_rows(p, work, number, next, smem.rows);
-      next = load_row_page(p, work, item, number + 1);
-      if constexpr (smem.kBlocks) {
-        const GatherThread thread;
-        scales.load(p, work, rows_of(smem.rows, thread)[thread.lane % 16 / 4]);
-      }
-      FullBarrier& full = smem.full[slot.slot];
+      // The block would not be there otherwise, but here it is this warp that writes the slot.
       smem.empty[slot.slot].wait(slot.parity ^ 1);
-      gather_tiles(p, work, smem.rows, block.latent[0], kFp8Tiles, 0);
-      constexpr int kRope = kLatentDim + (smem.kBlocks ? kScaleBytes : 0);
-      gather_tiles<1, smem.kRopeBytes / kBlock / 16>(p, work, smem.rows, block.rope, 1, kRope);
-      arrive_after_copies(full);
-      if constexpr (smem.kBlocks) {
-        scales.write(p, work, block.scales);
-        full.arrive();
+      preparer.prepare(p, item, number, smem, slot);
+    }
+  }
+}
+
+// By the copy engine. Other warps than that of its thread prepare scales: copies are not to wait
+// for that.
+template <int kRows, KeyFormat kFormat>
+__device__ __forceinline__ void load(const KernelParams& p, const Fp8TensorMaps& maps,
+                                     Fp8Memory<kRows, kFormat>& smem) {
+  const int thread = threadIdx.x % kGatherThreads;
+  if (thread == 0) copy_blocks(p, maps, smem);
+  if constexpr (smem.kBlocks) {
+    if (thread / 32 == 1 || thread / 32 == 2) prepare_scales(p, smem, thread / 32 - 1);
+  }
+}
+
+// Row by row, by all four warps. The first two prepare a block's scales when they have begun to
+// copy the item's next one.
+template <int kRows, KeyFormat kFormat>
+__device__ __forceinline__ void gather(const KernelParams& p, Fp8Memory<kRows, kFormat>& smem) {
+  constexpr int kLag = smem.kBlocks ? 1 : 0;
+  const Work& work = smem.work;
+  Ring<Fp8Memory<kRows, kFormat>::kSlots> slot;
+#pragma unroll 1
+  for (int seq = work.begin_seq; has_item(work, seq); ++seq) {
+    const Item item = find_item<true>(p, work, seq);
+    ScalePreparer preparer{GatherThread().warp * ScalePreparer::kTiles};
+    int next = load_row_page(p, work, item, item.first);
+#pragma unroll 1
+    for (int number = item.first; number < item.last + kLag; ++number) {
+      if (kLag == 0 || number < item.last) {
+        auto& block = smem.blocks[slot.slot];
+        find_rows(p, work, number, next, smem.rows);
+        next = load_row_page(p, work, item, number + 1);
+        smem.empty[slot.slot].wait(slot.parity ^ 1);
+        gather_tiles(p, work, smem.rows, block.latent[0], kFp8Tiles, 0);
+        constexpr int kRope = kLatentDim + (smem.kBlocks ? kScaleBytes : 0);
+        gather_tiles<1, smem.kRopeBytes / kBlock / 16>(p, work, smem.rows, block.rope, 1, kRope);
+        if constexpr (smem.kBlocks) {
+          gather_tiles<1, 1>(p, work, smem.rows, smem.scales[slot.slot].raw, 1, kLatentDim);
+        }
+        arrive_after_copies(smem.full[slot.slot]);
       }
+      if constexpr (smem.kBlocks) {
+        if (number > item.first && GatherThread().warp < kScaleWarps) {
+          preparer.prepare(p, item, number - 1, smem, slot.before());
+        }
+      }
+      if (kLag == 0 || number < item.last) slot.advance();
     }
   }
 }

@@ -12,69 +12,105 @@ using E4M3 = cutlass::float_e4m3_t;
 
 inline constexpr int kFp8Tiles = kLatentDim / 128;  // of 128 bytes a row: a scale's columns each
 inline constexpr int kScaleBytes = kFp8Tiles * 4;   // of a row of fp8_block
+inline constexpr int kScaleWarps = 2;               // of the loader, that prepare scales
+
+// A thread of the scores has two keys of every eight: of a tile's scales, its 16 lie side by side.
+// The stride lets four such threads read vectors of them from different banks.
+inline constexpr int kScaleStride = kBlock / 4 + 4;
+__device__ __forceinline__ int scale_slot(int key) {
+  return key % 8 / 2 * kScaleStride + key / 8 * 2 + key % 2;
+}
 
 // Queries meet e4m3 keys as e4m3, so that the tensor cores need no wider copy of them: two pieces,
 // of which the second is what the first leaves over, times 32. Together they have eight bits, as
-// bfloat16 has, and are two rows of a product, which has 64 of them.
+// bfloat16 has. A product has 64 rows: of few query rows both pieces, which is two for each; else
+// one, and there are twice as many products.
 inline constexpr int kPieces = 2;
 inline constexpr float kLowPiece = 1.0f / 32;
-static_assert(kPieces * kFp8Rows == 64, "the rows of a warpgroup's product");
+static_assert(kPieces * kFp8FewRows == 64 && kRowTile == 64, "the rows of a warpgroup's product");
 
-// The scales of a block of fp8_block, tile by tile.
-struct alignas(16) BlockScales {
-  float of_keys[kFp8Tiles][kBlock];
+// The scales of a block of fp8_block: as they come, and tile by tile as they are used.
+struct alignas(128) BlockScales {
+  float raw[kBlock][kFp8Tiles];
+  // Those of a key that no query sees, and of rows of zeros where they are far from others, are
+  // zero. In the order of `scale_slot`.
+  float of_keys[kFp8Tiles][4 * kScaleStride];
   // For the values, of two neighbouring keys over `base`, a power of two that follows the largest
   // scale: 16-bit floats have no room for what scales can be. In the order of `pair_slot`.
   uint32_t pairs[kFp8Tiles][kBlock / 2];
   float base[kFp8Tiles];
   float rebase[kFp8Tiles];  // what the output so far is to be multiplied with
-  // The bits of the largest and the smallest scale that each warp of the loader has.
-  uint32_t most_of_warp[kFp8Tiles][kGatherWarps];
-  uint32_t least_of_warp[kFp8Tiles][kGatherWarps];
-
-  __device__ __forceinline__ uint32_t most(int tile) const {
-    const uint4 x = reinterpret_cast<const uint4&>(most_of_warp[tile]);
-    return max(max(x.x, x.y), max(x.z, x.w));
-  }
-  __device__ __forceinline__ uint32_t least(int tile) const {
-    const uint4 x = reinterpret_cast<const uint4&>(least_of_warp[tile]);
-    return min(min(x.x, x.y), min(x.z, x.w));
-  }
 };
 struct NoScales {};
 
-template <KeyFormat kFormat>
+// Where `kShared`, queries as pieces, in the tiles of keys. The rotary columns of fp8_block are
+// one.
+template <bool kBlocks, bool kShared>
+struct alignas(1024) Fp8SharedQueries {
+  uint8_t latent[kPieces][kFp8Tiles][kTileBytes];
+  uint8_t rope[kBlocks ? 1 : kPieces][kBlocks ? kTileBytes : kTileBytes / 2];
+};
+template <bool kBlocks>
+struct Fp8SharedQueries<kBlocks, false> {};
+
+// Query rows of a CTA that scores are computed for; those beyond `kRows` are padding.
+template <int kRows>
+inline constexpr int kScoreRows = kRows == kRowTile ? kRowTile : kFp8FewRows;
+
+// Threads write the weights, and wgmma reads them: who has more time puts the fence between.
+template <int kRows>
+inline constexpr bool kReaderFences = kRows != kRowTile;
+
+template <int kRows, KeyFormat kFormat>
 struct Fp8Memory {
   static constexpr bool kBlocks = kFormat == KeyFormat::kFp8Block;
   static constexpr int kRopeBytes = kBlocks ? kTileBytes : kTileBytes / 2;
-  static constexpr int kSlots = kBlocks ? 4 : 5;  // blocks of keys
+  static constexpr int kSlots = kRows == kRowTile ? 3 : 5;  // blocks of keys
   struct alignas(1024) Block {
     uint8_t latent[kFp8Tiles][kTileBytes];
     uint8_t rope[kRopeBytes];  // 64 e4m3 or bfloat16 values a row
-    std::conditional_t<kBlocks, BlockScales, NoScales> scales;
   };
-  struct alignas(1024) Weights {
-    half_t p[kFp8Rows * kBlock];  // [query row, key], swizzled
-    // Of a query row, in the order of `row_slot`.
-    float rescale[kFp8Rows];  // of the output so far
-    float inverse[kFp8Rows];  // of the sum, with an item's last block
+  // Of a query row, in the order of `row_slot`.
+  struct alignas(16) Factors {
+    float rescale[kScoreRows<kRows>];  // of the output so far
+    float inverse[kScoreRows<kRows>];  // of the sum, with an item's last block
+    int rescaled[kWarps];  // whether `rescale` is not one for some row of a warp of the scores
   };
   Block blocks[kSlots];
-  Weights weights[2];
+  alignas(1024) half_t weights[2][kScoreRows<kRows> * kBlock];  // [query row, key], swizzled
+  Fp8SharedQueries<kBlocks, kRows == kRowTile> q;
+  std::conditional_t<kBlocks, BlockScales, NoScales> scales[kSlots];
+  Factors factors[2];
   GatherRows rows;
   Work work;
   FullBarrier full[kSlots];
-  EmptyBarrier empty[kSlots];    // by the threads that multiply values
-  EmptyBarrier weights_full[2];  // by those that compute scores
+  EmptyBarrier empty[kSlots];        // by the threads that multiply values
+  EmptyBarrier scales_full[kSlots];  // of fp8_block, by the warps that prepare them
+  EmptyBarrier weights_full[2];      // by those that compute scores
   EmptyBarrier weights_empty[2];
   EmptyBarrier work_known;  // `work` is there
-};
-static_assert(sizeof(Fp8Memory<KeyFormat::kFp8PerTensor>) <= 232448, "an SM has 227 KiB");
-static_assert(sizeof(Fp8Memory<KeyFormat::kFp8Block>) <= 232448, "an SM has 227 KiB");
 
-// A thread of the values has two of every eight query rows: its eight lie side by side.
+  // Says that a block is there, scales included.
+  __device__ __forceinline__ auto& ready(int slot) {
+    if constexpr (kBlocks) {
+      return scales_full[slot];
+    } else {
+      return full[slot];
+    }
+  }
+};
+template <int kRows, KeyFormat kFormat>
+inline constexpr bool kFits = sizeof(Fp8Memory<kRows, kFormat>) <= 232448;
+static_assert(kFits<kFp8FewRows, KeyFormat::kFp8PerTensor> &&
+                  kFits<kFp8FewRows, KeyFormat::kFp8Block> &&
+                  kFits<kRowTile, KeyFormat::kFp8PerTensor> &&
+                  kFits<kRowTile, KeyFormat::kFp8Block>,
+              "an SM has 227 KiB");
+
+// A thread of the values has two of every eight query rows: they lie side by side.
+template <int kOfAll>
 __device__ __forceinline__ int row_slot(int row) {
-  return row % 8 / 2 * (kFp8Rows / 4) + row / 8 * 2 + row % 2;
+  return row % 8 / 2 * (kOfAll / 4) + row / 8 * 2 + row % 2;
 }
 
 // A thread of the values has two keys of every eight.
@@ -86,7 +122,8 @@ struct Pieces {
   uint32_t low;
 };
 
-// Four numbers up to 256 as pieces. NaN stays NaN.
+// Four numbers up to 256 as pieces, the second times 32 if `kTimes32`. NaN stays NaN.
+template <bool kTimes32>
 __device__ __forceinline__ Pieces split(float a, float b, float c, float d) {
   Pieces pieces;
   asm("{\n"
@@ -108,7 +145,7 @@ __device__ __forceinline__ Pieces split(float a, float b, float c, float d) {
       "mov.b32 %1, {l, m};\n"
       "}"
       : "=r"(pieces.high), "=r"(pieces.low)
-      : "f"(a), "f"(b), "f"(c), "f"(d), "r"(0x50005000));  // 32, twice
+      : "f"(a), "f"(b), "f"(c), "f"(d), "r"(kTimes32 ? 0x50005000 : 0x3c003c00));  // 32 or 1, twice
   return pieces;
 }
 

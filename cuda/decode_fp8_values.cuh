@@ -6,34 +6,43 @@
 
 namespace jax_flashmla {
 
-using Fp8ValuesMma = decltype(make_tiled_mma(
-    GMMA::rs_op_selector<half_t, half_t, float, Shape<_64, Int<kFp8Rows>, _16>, GMMA::Major::K,
-                         GMMA::Major::K>()));
-using WeightsLayout = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<half_t>{},
-                                             Shape<Int<kFp8Rows>, Int<kBlock>>{}));
+template <int kRows>
+using Fp8ValuesMma =
+    decltype(make_tiled_mma(GMMA::rs_op_selector<half_t, half_t, float, Shape<_64, Int<kRows>, _16>,
+                                                 GMMA::Major::K, GMMA::Major::K>()));
+template <int kRows>
+using WeightsLayout =
+    decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<half_t>{}, Shape<Int<kRows>, Int<kBlock>>{}));
 
-inline constexpr int kColumnTiles = kHalfTiles;   // of 64 value columns, of a warpgroup
-inline constexpr int kThreadRows = kFp8Rows / 4;  // two of every eight query rows
-inline constexpr int kSteps16 = kBlock / 16;      // of a block's keys, of a product
+inline constexpr int kColumnTiles = kHalfTiles;  // of 64 value columns, of a warpgroup
 
-// Of 16 columns of each tile a thread has two neighbours, for kThreadRows rows: of row i of a tile
-// the even column is at `even(tile, i)`, the odd one two further.
-using Fp8Output =
-    decltype(partition_fragment_C(Fp8ValuesMma{}, Shape<Int<kColumnTiles * 64>, Int<kFp8Rows>>{}));
+// Of 16 columns of each tile a thread has two neighbours, for two of every eight query rows: of its
+// row i of a tile the even column is at `even(tile, i)`, the odd one two further.
+template <int kRows>
+using Fp8Output = decltype(partition_fragment_C(Fp8ValuesMma<kRows>{},
+                                                Shape<Int<kColumnTiles * 64>, Int<kRows>>{}));
+template <int kRows>
 __device__ __forceinline__ constexpr int even(int tile, int row) {
-  return tile * kThreadRows * 2 + row / 2 * 4 + row % 2;
+  return tile * (kRows / 2) + row / 2 * 4 + row % 2;
 }
 
+// Values become an operand so many keys at a time: twice that many registers are there for them.
+template <int kRows>
+inline constexpr int kChunk = kRows == kRowTile ? kBlock / 2 : kBlock;
+
 // Of fp8_block: what a thread multiplies values of a tile with, two keys of every eight.
+template <int kKeys>
 struct KeyScales {
-  uint32_t pairs[kBlock / 8];
+  uint32_t pairs[kKeys / 8];
 };
 
-__device__ __forceinline__ KeyScales read_scales(const uint32_t (&pairs)[kBlock / 2], int lane) {
-  KeyScales scales;
+template <int kKeys>
+__device__ __forceinline__ KeyScales<kKeys> read_scales(const uint32_t (&pairs)[kBlock / 2],
+                                                        int first_key, int lane) {
+  KeyScales<kKeys> scales;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint4 four = reinterpret_cast<const uint4*>(pairs)[lane % 4 * 2 + i];
+  for (int i = 0; i < kKeys / 32; ++i) {
+    const uint4 four = reinterpret_cast<const uint4*>(pairs)[lane % 4 * 2 + first_key / 32 + i];
     scales.pairs[4 * i] = four.x, scales.pairs[4 * i + 1] = four.y;
     scales.pairs[4 * i + 2] = four.z, scales.pairs[4 * i + 3] = four.w;
   }
@@ -48,17 +57,18 @@ __device__ __forceinline__ void widen(uint32_t x, uint32_t& lower, uint32_t& upp
       : "r"(x));
 }
 
-// 16 columns of a warp and all keys of a block as the operand A. Transposed as 16-bit pairs, a
+// 16 columns of a warp and some keys of a block as the operand A. Transposed as 16-bit pairs, a
 // thread has two columns of two keys of every eight: the even columns are its first row, the odd
 // ones its second.
-template <bool kScaled, typename Fragment>
-__device__ __forceinline__ void read_values(uint8_t* tile, int vector, int lane,
-                                            const KeyScales& scales, Fragment& a) {
+template <bool kScaled, int kKeys, typename Fragment>
+__device__ __forceinline__ void read_values(uint8_t* tile, int vector, int first_key, int lane,
+                                            const KeyScales<kKeys>& scales, Fragment& a) {
   Tensor words = recast<uint32_t>(a);
 #pragma unroll
-  for (int i = 0; i < kBlock / 8; i += 4) {
+  for (int i = 0; i < kKeys / 8; i += 4) {
     uint32_t raw[4];
-    SM75_U16x8_LDSM_T::copy(vector_at(tile, i * 8 + lane, vector), raw[0], raw[1], raw[2], raw[3]);
+    SM75_U16x8_LDSM_T::copy(vector_at(tile, first_key + i * 8 + lane, vector), raw[0], raw[1],
+                            raw[2], raw[3]);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       uint32_t columns[2];
@@ -75,12 +85,13 @@ __device__ __forceinline__ void read_values(uint8_t* tile, int vector, int lane,
 }
 
 // Multiplies a thread's rows by numbers that every query row has.
-__device__ __forceinline__ void scale_output(Fp8Output& out, const float (&of_rows)[kFp8Rows],
-                                             int lane) {
+template <int kRows>
+__device__ __forceinline__ void scale_output(Fp8Output<kRows>& out,
+                                             const float (&of_rows)[kScoreRows<kRows>], int lane) {
 #pragma unroll
-  for (int quad = 0; quad < kThreadRows / 4; ++quad) {
+  for (int quad = 0; quad < kRows / 16; ++quad) {
     const float4 four =
-        reinterpret_cast<const float4*>(of_rows)[lane % 4 * (kThreadRows / 4) + quad];
+        reinterpret_cast<const float4*>(of_rows)[lane % 4 * (kScoreRows<kRows> / 16) + quad];
     const float by[4] = {four.x, four.y, four.z, four.w};
     const bool one = by[0] == 1 && by[1] == 1 && by[2] == 1 && by[3] == 1;
     if (__all_sync(0xffffffffu, one)) continue;
@@ -88,34 +99,35 @@ __device__ __forceinline__ void scale_output(Fp8Output& out, const float (&of_ro
     for (int tile = 0; tile < kColumnTiles; ++tile) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        out(even(tile, quad * 4 + i)) *= by[i];
-        out(even(tile, quad * 4 + i) + 2) *= by[i];
+        out(even<kRows>(tile, quad * 4 + i)) *= by[i];
+        out(even<kRows>(tile, quad * 4 + i) + 2) *= by[i];
       }
     }
   }
 }
 
 // The 128 columns that share scales.
-__device__ __forceinline__ void scale_tiles(Fp8Output& out, int pair, float by) {
+template <int kRows>
+__device__ __forceinline__ void scale_tiles(Fp8Output<kRows>& out, int pair, float by) {
 #pragma unroll
-  for (int i = even(pair * 2, 0); i < even(pair * 2 + 2, 0); ++i) out(i) *= by;
+  for (int i = even<kRows>(pair * 2, 0); i < even<kRows>(pair * 2 + 2, 0); ++i) out(i) *= by;
 }
 
 // Registers are scarce: nothing that comes of the lane is to be in one from before.
 __device__ __forceinline__ void keep_nothing_of(int& lane) { asm volatile("" : "+r"(lane)); }
 
 // Writes what a thread has: partial results in the order of decode.h, or results.
-template <typename Element>
+template <int kRows, typename Element>
 __device__ __forceinline__ void write_fp8_output(const KernelParams& p, const Work& work,
                                                  const Item& item, int first_column, int lane,
-                                                 const Fp8Output& out) {
+                                                 const Fp8Output<kRows>& out) {
   keep_nothing_of(lane);
   if (item.slot == Item::kEmpty) return;
   if (item.slot >= 0) {
     const int column = first_column + lane / 4 * 2;
 #pragma unroll
-    for (int half = 0; half < kFp8Rows / kPartialRows; ++half) {
-      const int row = work.tile * kFp8Rows + half * kPartialRows;
+    for (int half = 0; half < kRows / kPartialRows; ++half) {
+      const int row = work.tile * kRows + half * kPartialRows;
       if (row >= p.num_rows()) return;
       float4* const partial =
           reinterpret_cast<float4*>(p.partial_out) +
@@ -127,7 +139,8 @@ __device__ __forceinline__ void write_fp8_output(const KernelParams& p, const Wo
       for (int i = 0; i < kColumnTiles; ++i) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {  // of two neighbouring rows
-          const int at = even(i, half * 4 + j), below = even(i, half * 4 + j + 2);
+          const int at = even<kRows>(i, half * 4 + j);
+          const int below = even<kRows>(i, half * 4 + j + 2);
           partial[i * (64 / kPartialColumns) * 32 + j * 4] =
               make_float4(out(at), out(at + 2), out(below), out(below + 2));
         }
@@ -136,100 +149,120 @@ __device__ __forceinline__ void write_fp8_output(const KernelParams& p, const Wo
     return;
   }
 #pragma unroll
-  for (int i = 0; i < kThreadRows; ++i) {
+  for (int i = 0; i < kRows / 4; ++i) {
     keep_nothing_of(lane);
-    const int row = work.tile * kFp8Rows + i / 2 * 8 + lane % 4 * 2 + i % 2;
+    const int row = work.tile * kRows + i / 2 * 8 + lane % 4 * 2 + i % 2;
     if (row >= p.num_rows()) return;
     Element* const target = static_cast<Element*>(p.out) +
                             query_index(p, work, item.seq, row) * kLatentDim + first_column +
                             lane / 4 * 2;
 #pragma unroll
     for (int tile = 0; tile < kColumnTiles; ++tile) {
-      const int at = even(tile, i);
+      const int at = even<kRows>(tile, i);
       const Element pair[2] = {Element(out(at)), Element(out(at + 2))};
       *reinterpret_cast<uint32_t*>(target + tile * 64) = *reinterpret_cast<const uint32_t*>(pair);
     }
   }
 }
 
-template <KeyFormat kFormat, typename Element>
-__device__ __forceinline__ void run_fp8_values(const KernelParams& p, Fp8Memory<kFormat>& smem,
-                                               int side, int thread) {
+template <int kRows, KeyFormat kFormat, typename Element>
+__device__ __forceinline__ void run_fp8_values(const KernelParams& p,
+                                               Fp8Memory<kRows, kFormat>& smem, int side,
+                                               int thread) {
   constexpr bool kBlocks = kFormat == KeyFormat::kFp8Block;
+  constexpr int kKeys = kChunk<kRows>;
+  constexpr int kOfTile = kBlock / kKeys;  // chunks
+  constexpr int kChunks = kColumnTiles * kOfTile;
+  constexpr int kSteps16 = kKeys / 16;
   const Work& work = smem.work;
   const int lane = thread % 32;
   const int warp = thread / 32;
-  Ring<Fp8Memory<kFormat>::kSlots> slot;
+  Ring<Fp8Memory<kRows, kFormat>::kSlots> slot;
   Ring<2> turn;
-  Fp8ValuesMma mma;
+  Fp8ValuesMma<kRows> mma;
   mma.accumulate_ = GMMA::ScaleOut::One;
   const auto slice = mma.get_slice(0);
 #pragma unroll 1
   for (int seq = work.begin_seq; has_item(work, seq); ++seq) {
     const Item item = find_item<true>(p, work, seq);
-    Fp8Output out;
+    Fp8Output<kRows> out;
     clear(out);
 #pragma unroll 1
     for (int number = item.first; number < item.last; ++number) {
       auto& block = smem.blocks[slot.slot];
-      auto& weights = smem.weights[turn.slot];
-      smem.full[slot.slot].wait(slot.parity);
+      const auto& scales_of = smem.scales[slot.slot];
+      const auto& factors = smem.factors[turn.slot];
+      smem.ready(slot.slot).wait(slot.parity);
       smem.weights_full[turn.slot].wait(turn.parity);
+      if constexpr (kReaderFences<kRows>) cutlass::arch::fence_view_async_shared();
       if constexpr (kBlocks) {
 #pragma unroll
         for (int i = 0; i < kColumnTiles / 2; ++i) {
-          const float rebase = block.scales.rebase[side * (kColumnTiles / 2) + i];
-          if (rebase != 1) scale_tiles(out, i, rebase);
+          const float rebase = scales_of.rebase[side * (kColumnTiles / 2) + i];
+          if (rebase != 1) scale_tiles<kRows>(out, i, rebase);
         }
       }
-      scale_output(out, weights.rescale, lane);
+      const int4 rescaled = reinterpret_cast<const int4&>(factors.rescaled);
+      if ((rescaled.x | rescaled.y | rescaled.z | rescaled.w) != 0) {
+        scale_output<kRows>(out, factors.rescale, lane);
+      }
       warpgroup_fence_operand(out);
-      Tensor b = slice.partition_fragment_B(make_tensor(make_smem_ptr(weights.p), WeightsLayout{}));
-      // While the tensor cores work on one tile, the next one is read.
+      Tensor b = slice.partition_fragment_B(
+          make_tensor(make_smem_ptr(smem.weights[turn.slot]), WeightsLayout<kRows>{}));
+      // While the tensor cores work on one chunk, the next one is read.
       auto a = make_tensor<half_t>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<kSteps16>, _2>>{});
-      KeyScales scales;
+      KeyScales<kKeys> scales;
       float base[kColumnTiles / 2];
 #pragma unroll
-      for (int i = 0; i < kColumnTiles; ++i) {
-        const int tile = side * (kColumnTiles / 2) + i / 2;
+      for (int i = 0; i < kChunks; ++i) {
+        const int column_tile = i / kOfTile;
+        const int tile = side * (kColumnTiles / 2) + column_tile / 2;
+        const int first_key = i % kOfTile * kKeys;
         if constexpr (kBlocks) {
-          if (i % 2 == 0) scales = read_scales(block.scales.pairs[tile], lane);
+          if (kOfTile > 1 || column_tile % 2 == 0) {
+            scales = read_scales<kKeys>(scales_of.pairs[tile], first_key, lane);
+          }
         }
         auto mine = a(_, _, _, i % 2);
-        read_values<kBlocks>(block.latent[tile], i % 2 * 4 + warp, lane, scales, mine);
-        if (i + 1 == kColumnTiles) {
+        read_values<kBlocks>(block.latent[tile], column_tile % 2 * 4 + warp, first_key, lane,
+                             scales, mine);
+        if (i + 1 == kChunks) {
           if constexpr (kBlocks) {
 #pragma unroll
             for (int j = 0; j < kColumnTiles / 2; ++j) {
-              base[j] = block.scales.base[side * (kColumnTiles / 2) + j];
+              base[j] = scales_of.base[side * (kColumnTiles / 2) + j];
             }
           }
           smem.empty[slot.slot].arrive();
         }
-        warpgroup_arrive();
-        Tensor part = out(_, i, _);
+        Tensor part = out(_, column_tile, _);
         Tensor sums = make_tensor(part.data(), append<3>(part.layout()));
+        warpgroup_arrive();
 #pragma unroll
         for (int step = 0; step < kSteps16; ++step) {
-          cute::gemm(mma, mine(_, _, step), b(_, _, step), sums);
+          cute::gemm(mma, mine(_, _, step), b(_, _, first_key / 16 + step), sums);
         }
         warpgroup_commit_batch();
-        if (i > 0) warpgroup_wait<1>();
+        if (kOfTile > 1) {
+          warpgroup_wait<0>();
+        } else if (i > 0) {
+          warpgroup_wait<1>();
+        }
       }
       warpgroup_wait<0>();
       warpgroup_fence_operand(out);
       if (number + 1 == item.last) {
         if constexpr (kBlocks) {
 #pragma unroll
-          for (int i = 0; i < kColumnTiles / 2; ++i) scale_tiles(out, i, base[i]);
+          for (int i = 0; i < kColumnTiles / 2; ++i) scale_tiles<kRows>(out, i, base[i]);
         }
-        scale_output(out, weights.inverse, lane);
+        scale_output<kRows>(out, factors.inverse, lane);
       }
       smem.weights_empty[turn.slot].arrive();
       slot.advance();
       turn.advance();
     }
-    write_fp8_output<Element>(p, work, item, side * (kLatentDim / 2) + warp * 16, lane, out);
+    write_fp8_output<kRows, Element>(p, work, item, side * (kLatentDim / 2) + warp * 16, lane, out);
   }
 }
 

@@ -24,7 +24,7 @@ __device__ __forceinline__ void arrive_for_others(FullBarrier& barrier) {
 
 // Waits for keys. The copies of threads are not the copy engine's: wgmma sees them after a fence.
 template <Source kSource>
-__device__ __forceinline__ void wait_for_keys(FullBarrier& barrier, uint32_t parity) {
+__device__ __forceinline__ void wait_for_keys(EmptyBarrier& barrier, uint32_t parity) {
   barrier.wait(parity);
   if constexpr (kSource == Source::kRows) cutlass::arch::fence_view_async_shared();
 }

@@ -130,6 +130,9 @@ struct Ring {
     parity ^= slot / kSlots & 1;
     slot %= kSlots;
   }
+  __device__ __forceinline__ Ring before() const {
+    return slot > 0 ? Ring{slot - 1, parity} : Ring{kSlots - 1, parity ^ 1};
+  }
 };
 
 // A warp has read a slot for the last time, in each of the `kCtas` CTAs of the cluster that write

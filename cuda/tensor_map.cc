@@ -22,7 +22,7 @@ CUtensorMapDataType type_of(DType dtype) {
                                    : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
 }
 
-// Swizzled by as many bytes as a box's rows have.
+// Swizzled by as many bytes as a box's rows have, or not at all.
 template <int kRank>
 cudaError_t make_map(CUtensorMapDataType type, const void* data, const cuuint64_t (&extents)[kRank],
                      const cuuint64_t (&strides)[kRank - 1], const cuuint32_t (&box)[kRank],
@@ -99,14 +99,22 @@ cudaError_t make_fp8_tensor_maps(const DecodeParams& p, Fp8TensorMaps* maps) {
   const cuuint32_t rope_bytes = blocks ? 128 : 64;
   const char* const cache = static_cast<const char*>(p.k_cache);
   const char* const rope = cache + (blocks ? kFp8BlockBytes - 128 : kLatentDim);
-  const cudaError_t error =
+  cudaError_t error =
       make_map<5>(CU_TENSOR_MAP_DATA_TYPE_UINT8, cache, {128, page, kLatentDim / 128, h_kv, pages},
                   {h_kv * row, 128, row, page * h_kv * row},
                   {128, kBlockTokens, kLatentDim / 128, 1, 1}, &maps->latent);
-  if (error != cudaSuccess) return error;
-  return make_map<5>(CU_TENSOR_MAP_DATA_TYPE_UINT8, rope, {rope_bytes, page, 1, h_kv, pages},
-                     {h_kv * row, 128, row, page * h_kv * row}, {rope_bytes, kBlockTokens, 1, 1, 1},
-                     &maps->rope, blocks ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B);
+  if (error == cudaSuccess) {
+    error =
+        make_map<5>(CU_TENSOR_MAP_DATA_TYPE_UINT8, rope, {rope_bytes, page, 1, h_kv, pages},
+                    {h_kv * row, 128, row, page * h_kv * row}, {rope_bytes, kBlockTokens, 1, 1, 1},
+                    &maps->rope, blocks ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B);
+  }
+  if (blocks && error == cudaSuccess) {
+    error = make_map<5>(CU_TENSOR_MAP_DATA_TYPE_UINT8, cache + kLatentDim,
+                        {16, page, 1, h_kv, pages}, {h_kv * row, 128, row, page * h_kv * row},
+                        {16, kBlockTokens, 1, 1, 1}, &maps->scales, CU_TENSOR_MAP_SWIZZLE_NONE);
+  }
+  return error;
 }
 
 }  // namespace jax_flashmla

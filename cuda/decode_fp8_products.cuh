@@ -1,0 +1,190 @@
+// The products S = Q K^T of the split kernel for FP8 caches.
+#pragma once
+
+#include "cuda/decode_fp8_queries.cuh"
+
+namespace jax_flashmla {
+
+// Queries of registers or shared memory with 64 keys of 128 bytes, and with the bfloat16 columns of
+// fp8_block.
+using Fp8ScoresMma =
+    decltype(make_tiled_mma(GMMA::rs_op_selector<E4M3, E4M3, float, Shape<_64, _64, _32>,
+                                                 GMMA::Major::K, GMMA::Major::K>()));
+using RopeScoresMma = decltype(make_tiled_mma(
+    GMMA::rs_op_selector<bfloat16_t, bfloat16_t, float, Shape<_64, _64, _16>, GMMA::Major::K,
+                         GMMA::Major::K>()));
+using SharedFp8ScoresMma =
+    decltype(make_tiled_mma(GMMA::ss_op_selector<E4M3, E4M3, float, Shape<_64, _64, _32>,
+                                                 GMMA::Major::K, GMMA::Major::K>()));
+using SharedRopeScoresMma = decltype(make_tiled_mma(
+    GMMA::ss_op_selector<bfloat16_t, bfloat16_t, float, Shape<_64, _64, _16>, GMMA::Major::K,
+                         GMMA::Major::K>()));
+using Fp8KeyLayout = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<E4M3>{}, Shape<_64, _128>{}));
+using Fp8RopeLayout = decltype(tile_to_shape(GMMA::Layout_K_SW64_Atom<E4M3>{}, Shape<_64, _64>{}));
+
+// The products of a block, batch by batch of a tile's columns: the tensor cores add e4m3 products
+// up with some 14 bits, so that not many should come together before they are added to a float32.
+// Two batches are in flight at most; the first of a block are, while the softmax of the one before
+// runs.
+template <int kRows, KeyFormat kFormat>
+struct Fp8Scores {
+  static constexpr bool kBlocks = kFormat == KeyFormat::kFp8Block;
+  static constexpr int kOfThread = kThreadRows<kRows>;
+  // The rotary columns of fp8_block have no scale and another type: a batch of their own.
+  static constexpr int kBatches = kBlocks ? kFp8Tiles + 1 : kFp8Tiles;
+  // So many of the next block are under way during the softmax. Of more rows it has no registers
+  // for a second one.
+  static constexpr int kAhead = kRows == kRowTile ? 1 : 2;
+  using Memory = Fp8Memory<kRows, kFormat>;
+  using Block = typename Memory::Block;
+  using Sums = decltype(partition_fragment_C(Fp8ScoresMma{}, Shape<_64, _64>{}));
+
+  const Fp8Queries<kRows, kFormat>& q;
+  Memory& smem;
+  Sums sums[2];
+
+  __device__ __forceinline__ Fp8Scores(const Fp8Queries<kRows, kFormat>& q, Memory& smem)
+      : q(q), smem(smem) {}
+
+  __device__ __forceinline__ void issue_first(Block& block) {
+#pragma unroll
+    for (int batch = 0; batch < kAhead; ++batch) issue(block, batch);
+  }
+
+  // Waits for all products of a block and adds them up; its scales are there. A thread has 16 keys
+  // of its query rows: of every eight, two.
+  template <typename Scales>
+  __device__ __forceinline__ void finish(Block& block, const Scales& scales,
+                                         float (&scores)[kOfThread][16]) {
+#pragma unroll
+    for (int i = 0; i < kOfThread * 16; ++i) scores[i / 16][i % 16] = 0;
+    float4 of_keys[4];
+    read_scales(scales, 0, of_keys);  // before their products are waited for
+#pragma unroll
+    for (int batch = 0; batch < kBatches; ++batch) {
+      if (batch == 0 || batch + 1 == kBatches) {
+        warpgroup_wait<0>();
+      } else if (batch >= kAhead) {
+        warpgroup_wait<1>();
+      }
+      if (batch == 0 && kAhead == 1) issue(block, 1);
+      add(of_keys, batch, scores);
+      read_scales(scales, batch + 1, of_keys);
+      if (batch + 2 < kBatches) issue(block, batch + 2);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void issue(Block& block, int batch) {
+    Sums& to = sums[batch % 2];
+    warpgroup_fence_operand(to);
+    warpgroup_arrive();
+    if constexpr (kRows == kRowTile) {
+      issue_shared(block, batch, to);
+    } else {
+      issue_registers(block, batch, to);
+    }
+    warpgroup_commit_batch();
+  }
+
+  __device__ __forceinline__ void issue_registers(Block& block, int batch, Sums& to) {
+    const auto multiply = [&](auto& mma, auto* keys, auto layout, const auto& queries,
+                              int first_step) __attribute__((always_inline)) {
+      Tensor b = mma.get_slice(0).partition_fragment_B(make_tensor(make_smem_ptr(keys), layout));
+#pragma unroll
+      for (int step = 0; step < size<2>(b); ++step) {
+        cute::gemm(mma, queries(_, _, first_step + step), b(_, _, step), to);
+        mma.accumulate_ = GMMA::ScaleOut::One;
+      }
+    };
+    if (kBlocks && batch == kFp8Tiles) {
+      RopeScoresMma mma;
+      mma.accumulate_ = GMMA::ScaleOut::Zero;
+      multiply(mma, reinterpret_cast<bfloat16_t*>(block.rope), TileLayout<bfloat16_t>{}, q.rope, 0);
+      return;
+    }
+    Fp8ScoresMma mma;
+    mma.accumulate_ = GMMA::ScaleOut::Zero;
+    multiply(mma, reinterpret_cast<E4M3*>(block.latent[batch]), Fp8KeyLayout{}, q.pieces,
+             batch * 4);
+    if (!kBlocks && batch + 1 == kBatches) {
+      multiply(mma, reinterpret_cast<E4M3*>(block.rope), Fp8RopeLayout{}, q.pieces, kFp8Tiles * 4);
+    }
+  }
+
+  // The low pieces go first: what is lost of sums is a share of what they are by then.
+  __device__ __forceinline__ void issue_shared(Block& block, int batch, Sums& to) {
+    const auto multiply = [&](auto& mma, auto* queries, auto* keys,
+                              auto layout) __attribute__((always_inline)) {
+      const auto slice = mma.get_slice(0);
+      Tensor a = slice.partition_fragment_A(make_tensor(make_smem_ptr(queries), layout));
+      Tensor b = slice.partition_fragment_B(make_tensor(make_smem_ptr(keys), layout));
+#pragma unroll
+      for (int step = 0; step < size<2>(b); ++step) {
+        cute::gemm(mma, a(_, _, step), b(_, _, step), to);
+        mma.accumulate_ = GMMA::ScaleOut::One;
+      }
+    };
+    if (kBlocks && batch == kFp8Tiles) {
+      SharedRopeScoresMma mma;
+      mma.accumulate_ = GMMA::ScaleOut::Zero;
+      multiply(mma, reinterpret_cast<bfloat16_t*>(smem.q.rope[0]),
+               reinterpret_cast<bfloat16_t*>(block.rope), TileLayout<bfloat16_t>{});
+      return;
+    }
+    SharedFp8ScoresMma mma;
+    mma.accumulate_ = GMMA::ScaleOut::Zero;
+#pragma unroll
+    for (int piece = kPieces - 1; piece >= 0; --piece) {
+      multiply(mma, reinterpret_cast<E4M3*>(smem.q.latent[piece][batch]),
+               reinterpret_cast<E4M3*>(block.latent[batch]), Fp8KeyLayout{});
+      if (!kBlocks && batch + 1 == kBatches) {
+        multiply(mma, reinterpret_cast<E4M3*>(smem.q.rope[piece]),
+                 reinterpret_cast<E4M3*>(block.rope), Fp8RopeLayout{});
+      }
+    }
+  }
+
+  template <typename Scales>
+  __device__ __forceinline__ void read_scales(const Scales& scales, int batch,
+                                              float4 (&of_keys)[4]) {
+    if constexpr (kBlocks) {
+      if (batch >= kFp8Tiles) return;
+      const float* const from = &scales.of_keys[batch][threadIdx.x % 4 * kScaleStride];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) of_keys[i] = reinterpret_cast<const float4*>(from)[i];
+    }
+  }
+
+  __device__ __forceinline__ void add(const float4 (&of_keys)[4], int batch,
+                                      float (&scores)[kOfThread][16]) {
+    Sums& from = sums[batch % 2];
+    warpgroup_fence_operand(from);
+#pragma unroll
+    for (int j = 0; j < 16; j += 4) {
+      const float4& four = of_keys[j / 4];
+      const float scale[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int row = 0; row < kOfThread; ++row) {
+          float& score = scores[row][j + i];
+          const int at = j * 2 + i / 2 * 4 + i % 2;
+          float sum = from(at + row * 2);
+          const float low = from(at + 2);
+          if (kBlocks && batch == kFp8Tiles) {
+            score = fmaf(score, q.scale[row], sum);
+          } else if (kBlocks) {
+            if (kOfThread == 1) sum = fmaf(low, kLowPiece, sum);
+            score = fmaf(sum, scale[i], score);
+          } else {
+            if (kOfThread == 1) score = fmaf(low, kLowPiece, score);
+            score += sum;
+          }
+        }
+      }
+    }
+  }
+};
+
+}  // namespace jax_flashmla
