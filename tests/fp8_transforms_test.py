@@ -178,7 +178,8 @@ class ExportTest(parameterized.TestCase):
             problem.values = fp8.dequantize(want_cache, name, problem.k_scale)
             want = problem.reference()
             np.testing.assert_allclose(np.asarray(out, np.float64), want[0], atol=5e-2, rtol=1e-2)
-            slack = fp8.tolerance(problem.q, problem.values)[1]
+            # On a GPU XLA's products have their keys rounded to 16 bits.
+            slack = 4 * fp8.tolerance(problem.q, problem.values)[1]
             np.testing.assert_allclose(lse, want[1], atol=1e-4 + slack, rtol=1e-5)
 
 
