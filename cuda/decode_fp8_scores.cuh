@@ -62,18 +62,9 @@ __device__ __forceinline__ void finish_scores(const KernelParams& p, const Block
   }
 }
 
-// Which of the threads that compute scores this is. Asked for anew at most uses: registers are
-// scarce.
+// Which of the threads that compute scores this is.
 template <int kRows>
-struct ScoresThread {
-  int warp;
-  int lane;
-  __device__ __forceinline__ ScoresThread() {
-    int thread;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread)::"memory");
-    warp = thread / 32 % kWarps;
-    lane = thread % 32;
-  }
+struct ScoresThread : ThreadNow {
   // The first of its query rows; others are eight further.
   __device__ __forceinline__ int row() const { return warp * kWarpRows + lane / 4; }
   static constexpr int kWarpRows = kThreadRows<kRows> * 8;

@@ -29,16 +29,8 @@ __device__ __forceinline__ void wait_for_keys(EmptyBarrier& barrier, uint32_t pa
   if constexpr (kSource == Source::kRows) cutlass::arch::fence_view_async_shared();
 }
 
-// Which of the threads that gather this is. Asked for anew at every use: registers are scarce.
-struct GatherThread {
-  int warp;
-  int lane;
-  __device__ __forceinline__ GatherThread() {
-    int thread;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread)::"memory");
-    warp = thread / 32 % kGatherWarps;
-    lane = thread % 32;
-  }
+// Which of the threads that gather this is.
+struct GatherThread : ThreadNow {
   // The row of a block that a lane looks up, one of the 16 that its warp copies; those from 16 on
   // have the same as those below.
   __device__ __forceinline__ int looked_up() const {

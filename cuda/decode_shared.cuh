@@ -78,6 +78,18 @@ struct Work {
   int begin_seq, begin_block, end_seq, end_block, begin_split;
 };
 
+// Which of its warpgroup's threads this is. Asked for anew at every use: registers are scarce.
+struct ThreadNow {
+  int warp;
+  int lane;
+  __device__ __forceinline__ ThreadNow() {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread)::"memory");
+    warp = thread / 32 % kWarps;
+    lane = thread % 32;
+  }
+};
+
 // Where a CTA's keys come from: by the copy engine from pages that hold blocks, or row by row.
 enum class Source { kPages, kRows };
 
