@@ -26,7 +26,7 @@ __device__ __forceinline__ constexpr int even(int tile, int row) {
   return tile * (kRows / 2) + row / 2 * 4 + row % 2;
 }
 
-// Values become an operand so many keys at a time: twice that many registers are there for them.
+// Values become an operand so many keys at a time.
 template <int kRows>
 inline constexpr int kChunk = kRows == kRowTile ? kBlock / 2 : kBlock;
 
@@ -209,7 +209,7 @@ __device__ __forceinline__ void run_fp8_values(const KernelParams& p,
       warpgroup_fence_operand(out);
       Tensor b = slice.partition_fragment_B(
           make_tensor(make_smem_ptr(smem.weights[turn.slot]), WeightsLayout<kRows>{}));
-      // While the tensor cores work on one chunk, the next one is read.
+      // While the tensor cores work on one chunk, the next one is read, up to 32 query rows.
       auto a = make_tensor<half_t>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<kSteps16>, _2>>{});
       KeyScales<kKeys> scales;
       float base[kColumnTiles / 2];
@@ -243,7 +243,7 @@ __device__ __forceinline__ void run_fp8_values(const KernelParams& p,
           cute::gemm(mma, mine(_, _, step), b(_, _, first_key / 16 + step), sums);
         }
         warpgroup_commit_batch();
-        if (kOfTile > 1) {
+        if (kOfTile > 1) {  // ptxas has no registers for another chunk under way
           warpgroup_wait<0>();
         } else if (i > 0) {
           warpgroup_wait<1>();
