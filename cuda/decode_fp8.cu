@@ -1,5 +1,5 @@
-// The split kernel for FP8 caches: 32 query rows a CTA. Keys stay e4m3: queries are split into e4m3
-// pieces, and values are widened on their way into registers. Drawn in cuda/README.md.
+// The split kernel for FP8 caches: 16, 32 or 64 query rows a CTA. Keys stay e4m3: queries are split
+// into e4m3 pieces, and values are widened on their way into registers. Drawn in cuda/README.md.
 #include <cutlass/arch/reg_reconfig.h>
 #include <cutlass/numeric_types.h>
 
@@ -7,6 +7,7 @@
 #include "cuda/decode_fp8.h"
 #include "cuda/decode_fp8_load.cuh"
 #include "cuda/decode_fp8_scores.cuh"
+#include "cuda/decode_fp8_turned.cuh"
 #include "cuda/decode_fp8_values.cuh"
 #include "cuda/launch.cuh"
 
@@ -64,7 +65,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x == 0) smem.work_known.arrive();
     if (role == kScores) {
       cutlass::arch::warpgroup_reg_alloc<Registers<kRows, kFormat>::kScores>();
-      run_fp8_scores<kSource, kRows, kFormat, Element>(p, smem, thread);
+      if constexpr (kTurned<kRows>) {
+        run_turned_scores<kFormat, Element>(p, smem, thread);
+      } else {
+        run_fp8_scores<kSource, kRows, kFormat, Element>(p, smem, thread);
+      }
     } else {
       cutlass::arch::warpgroup_reg_alloc<Registers<kRows, kFormat>::kValues>();
       run_fp8_values<kRows, kFormat, Element>(p, smem, role, thread);

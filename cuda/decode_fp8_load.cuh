@@ -37,9 +37,10 @@ struct ScalePreparer {
   static constexpr uint32_t kNone = 0x7fffffff;
 
   // `left`: keys from the block's first on.
+  template <typename Scales>
   __device__ __forceinline__ void write(const KernelParams& p, int left,
                                         const uint8_t (&latent)[kFp8Tiles][kTileBytes],
-                                        BlockScales& scales) {
+                                        Scales& scales) {
     const int lane = GatherThread().lane;
     float scale[2][kTiles];
 #pragma unroll
@@ -76,20 +77,26 @@ struct ScalePreparer {
     const float rebase = follow(most_of_mine);
     __syncwarp();
     const float inverse_of_mine = __int_as_float((254 << 23) - __float_as_int(base));
+    if constexpr (std::is_same_v<Scales, TurnedScales>) {
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      const float inverse = __shfl_sync(0xffffffffu, inverse_of_mine, tile);
-      const float first = scale[0][tile], second = scale[1][tile];
-      reinterpret_cast<float2&>(scales.of_keys[first_tile + tile][scale_slot(lane * 2)]) = {first,
-                                                                                            second};
-      uint32_t pair;
-      asm("cvt.rn.f16x2.f32 %0, %1, %2;"
-          : "=r"(pair)
-          : "f"(second * inverse), "f"(first * inverse));
-      scales.pairs[first_tile + tile][pair_slot(lane * 2)] = pair;
+      for (int i = 0; i < 2; ++i) {
+        reinterpret_cast<float2&>(scales.of_keys[lane * 2 + i][first_tile]) = {scale[i][0],
+                                                                               scale[i][1]};
+      }
+    } else {
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        const float inverse = __shfl_sync(0xffffffffu, inverse_of_mine, tile);
+        const float first = scale[0][tile], second = scale[1][tile];
+        float& at = scales.of_keys[first_tile + tile][scale_slot(lane * 2)];
+        reinterpret_cast<float2&>(at) = {first, second};
+        scales.pairs[first_tile + tile][pair_slot(lane * 2)] =
+            as_half2(first * inverse, second * inverse);
+      }
     }
     if (lane < kTiles) {
       scales.base[first_tile + lane] = base;
+      scales.inverse[first_tile + lane] = inverse_of_mine;
       scales.rebase[first_tile + lane] = rebase;
     }
   }

@@ -1,4 +1,4 @@
-// The queries of the split kernel for FP8 caches, as e4m3 pieces: of few query rows in registers,
+// The queries of the split kernel for FP8 caches, as e4m3 pieces: of 32 query rows in registers,
 // else in shared memory.
 #pragma once
 
@@ -7,7 +7,7 @@
 
 namespace jax_flashmla {
 
-// Of few query rows a warp has eight: a thread the pieces of one in the two rows of its operand A.
+// Of 32 query rows a warp has eight: a thread the pieces of one in the two rows of its operand A.
 // Of more it has sixteen, in shared memory, of which a thread works on two.
 template <int kRows>
 inline constexpr int kThreadRows = kRows == kRowTile ? 2 : 1;
@@ -87,10 +87,7 @@ __device__ __forceinline__ float read_queries(const KernelParams& p, const Work&
   largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
   largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
   const Scaling scaling(as_float<Element>(largest));
-  const auto scaled = [&](uint32_t bits) {
-    const float x = as_float<Element>(bits) * scaling.factor;
-    return x + (x - x);  // infinity, which no piece can be, becomes NaN
-  };
+  const auto scaled = [&](uint32_t bits) { return scaling.apply(as_float<Element>(bits)); };
 #pragma unroll
   for (int i = 0; i < kFours; ++i) {
     const uint2 four = from.four(i * 16);
@@ -131,7 +128,10 @@ __device__ __forceinline__ void read_item_queries(const KernelParams& p, const W
 }
 
 // A named barrier of the scores' warpgroup.
-__device__ __forceinline__ void sync_scores() { cutlass::arch::NamedBarrier::sync(kWarpgroup, 4); }
+inline constexpr int kScoresBarrier = 4;
+__device__ __forceinline__ void sync_scores() {
+  cutlass::arch::NamedBarrier::sync(kWarpgroup, kScoresBarrier);
+}
 
 // Reads a thread's two rows into shared memory.
 template <KeyFormat kFormat, typename Element, typename Memory>
@@ -167,5 +167,87 @@ __device__ __forceinline__ void read_item_queries(const KernelParams& p, const W
   cutlass::arch::fence_view_async_shared();
   sync_scores();
 }
+
+// What turned products have of queries, so that an item's can be on their way during the one
+// before: eight threads share a row, and have every eighth vector of eight columns.
+template <bool kBlocks, typename Element>
+struct QueryVectors {
+  static constexpr int kLanes = kWarpgroup / kNarrowRows;
+  static constexpr int kOfLatent = kLatentDim / 8 / kLanes;
+  static constexpr int kVectors = kHeadDim / 8 / kLanes;
+  uint4 vectors[kVectors];
+
+  // Begins to load those of a sequence.
+  __device__ __forceinline__ void load(const KernelParams& p, const Work& work, int seq,
+                                       int thread) {
+    const int row = work.tile * kNarrowRows + thread / kLanes, lane = thread % kLanes;
+#pragma unroll
+    for (uint4& vector : vectors) vector = {0, 0, 0, 0};
+    if (row >= p.num_rows()) return;
+    const int64_t index = query_index(p, work, seq, row);
+    const auto* const nope = reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(p.q_nope) +
+                                                            index * p.q_nope_stride);
+    const auto* const rope = reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(p.q_rope) +
+                                                            index * p.q_rope_stride);
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      vectors[i] = i < kOfLatent ? nope[i * kLanes + lane] : rope[(i - kOfLatent) * kLanes + lane];
+    }
+  }
+
+  // Writes them as pieces; the rotary ones of fp8_block as they are.
+  __device__ __forceinline__ void store(TurnedQueries<kBlocks>& q, int thread) const {
+    const int row = thread / kLanes, lane = thread % kLanes;
+    constexpr int kSplit = kBlocks ? kOfLatent : kVectors;  // vectors that become pieces
+    uint32_t largest = 0;
+#pragma unroll
+    for (int i = 0; i < kSplit; ++i) {
+      largest = largest_of(largest, {vectors[i].x, vectors[i].y});
+      largest = largest_of(largest, {vectors[i].z, vectors[i].w});
+    }
+    largest = max(largest & 0xffff, largest >> 16);
+#pragma unroll
+    for (int by = 1; by < kLanes; by *= 2) {
+      largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, by));
+    }
+    const Scaling scaling(as_float<Element>(largest));
+    if (lane == 0) q.scale[row_slot<kNarrowRows>(row)] = scaling.inverse;
+    const auto pieces_of = [&](uint32_t x, uint32_t y) {
+      const auto scaled = [&](uint32_t bits) { return scaling.apply(as_float<Element>(bits)); };
+      return split<true>(scaled(x & 0xffff), scaled(x >> 16), scaled(y & 0xffff), scaled(y >> 16));
+    };
+#pragma unroll
+    for (int i = 0; i < kSplit; ++i) {
+      const Pieces first = pieces_of(vectors[i].x, vectors[i].y);
+      const Pieces second = pieces_of(vectors[i].z, vectors[i].w);
+      const uint2 of_piece[kPieces] = {{first.high, second.high}, {first.low, second.low}};
+#pragma unroll
+      for (int piece = 0; piece < kPieces; ++piece) {
+        *half_vector(q, i, piece * kNarrowRows + row, lane) = of_piece[piece];
+      }
+    }
+    if constexpr (kBlocks) {
+      const uint4 last = vectors[kOfLatent];
+      const uint4 rope = {as_bfloat16<Element>(last.x), as_bfloat16<Element>(last.y),
+                          as_bfloat16<Element>(last.z), as_bfloat16<Element>(last.w)};
+      vector_at(q.rope, row, lane) = reinterpret_cast<const uint128_t&>(rope);
+    }
+  }
+
+ private:
+  static_assert(kVectors == kOfLatent + 1, "a thread has one vector of the rotary columns");
+
+  // Where eight pieces of vector `i` of a row go.
+  static __device__ __forceinline__ uint2* half_vector(TurnedQueries<kBlocks>& q, int i, int row,
+                                                       int lane) {
+    if (i < kOfLatent) {
+      const int vector = i * kLanes + lane;
+      return reinterpret_cast<uint2*>(&vector_at(q.latent[vector / 16], row, vector % 16 / 2)) +
+             vector % 2;
+    }
+    // Rows of 64 bytes.
+    return reinterpret_cast<uint2*>(q.rope) + (row * 4 + (lane / 2 ^ row / 2 % 4)) * 2 + lane % 2;
+  }
+};
 
 }  // namespace jax_flashmla

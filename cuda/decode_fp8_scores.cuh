@@ -1,4 +1,5 @@
-// The scores warpgroup of the split kernel for FP8 caches: S = Q K^T, and from it the weights P.
+// The scores warpgroup of the split kernel for FP8 caches: S = Q K^T, and from it the weights P; of
+// more than 16 query rows.
 #pragma once
 
 #include "cuda/decode_fp8_products.cuh"
@@ -15,8 +16,7 @@ __device__ __forceinline__ void write_weights(half_t* p, int first_row, int lane
     uint32_t pairs[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const float* pair = &weights[i * 8 + j * 2];
-      asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pairs[j]) : "f"(pair[1]), "f"(pair[0]));
+      pairs[j] = as_half2(weights[i * 8 + j * 2], weights[i * 8 + j * 2 + 1]);
     }
     SM90_U32x4_STSM_N::copy(pairs[0], pairs[1], pairs[2], pairs[3],
                             vector_at(p, first_row + lane % 8, i * 4 + lane / 8));
@@ -45,9 +45,12 @@ __device__ __forceinline__ void clear_keys(Block& block, int begin, int end, int
   }
 }
 
-// Caps scores, brings them to base 2 and masks those that the row may not see.
+// Caps a row's scores, brings them to base 2 and masks those that it may not see. `key(i)`: which
+// key of the block score `i` is of.
+template <int kCount, typename Key>
 __device__ __forceinline__ void finish_scores(const KernelParams& p, const BlockView<true>& view,
-                                              int hidden, float scale, float (&scores)[16]) {
+                                              int hidden, float scale, float (&scores)[kCount],
+                                              const Key& key) {
   if (p.cap_scale != 0) {
 #pragma unroll
     for (float& score : scores) score = capped(p, score * scale);
@@ -55,10 +58,9 @@ __device__ __forceinline__ void finish_scores(const KernelParams& p, const Block
   }
   scale *= p.score_scale;
 #pragma unroll
-  for (int i = 0; i < 16; ++i) {
+  for (int i = 0; i < kCount; ++i) {
     scores[i] *= scale;
-    const int key = i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2;
-    if (!view.seen(p, key, hidden)) scores[i] = -INFINITY;
+    if (!view.seen(p, key(i), hidden)) scores[i] = -INFINITY;
   }
 }
 
@@ -107,7 +109,8 @@ __device__ __forceinline__ void run_fp8_scores(const KernelParams& p,
           if (!view.whole || p.cap_scale != 0 || !(to_base_2[i] > 0)) {
             const int row = work.tile * kRows + ScoresThread<kRows>().row() + i * 8;
             const int hidden = hidden_keys(p, p.by_heads_per_kv.div(row));
-            finish_scores(p, view, hidden, scale, scores[i]);
+            finish_scores(p, view, hidden, scale, scores[i],
+                          [](int j) { return j / 2 * 8 + threadIdx.x % 4 * 2 + j % 2; });
             to_base_2[i] = 1;
           }
         }
@@ -141,11 +144,11 @@ __device__ __forceinline__ void run_fp8_scores(const KernelParams& p,
         if (now.lane == 0) factors.rescaled[now.warp] = rescaled;
 #pragma unroll
         for (int i = 0; i < kOfThread; ++i) {
-          write_weights(smem.weights[turn % 2], now.warp * now.kWarpRows + i * 8, now.lane,
+          write_weights(smem.weights[turn % 2][0], now.warp * now.kWarpRows + i * 8, now.lane,
                         scores[i]);
           const float total = last ? reduce_quad(sum[i], plus) : 0;
           if (now.lane % 4 == 0) {
-            const int at = row_slot<kScoreRows<kRows>>(now.row() + i * 8);
+            const int at = row_slot<kRows>(now.row() + i * 8);
             factors.rescale[at] = rescale[i];
             if (last) {
               const float values = kBlocks ? 1 : p.k_scale[work.group];

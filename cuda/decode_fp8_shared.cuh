@@ -14,8 +14,13 @@ inline constexpr int kFp8Tiles = kLatentDim / 128;  // of 128 bytes a row: a sca
 inline constexpr int kScaleBytes = kFp8Tiles * 4;   // of a row of fp8_block
 inline constexpr int kScaleWarps = 2;               // of the loader, that prepare scales
 
-// A thread of the scores has two keys of every eight: of a tile's scales, its 16 lie side by side.
-// The stride lets four such threads read vectors of them from different banks.
+// Whether scores are computed transposed, keys as rows and query rows as columns
+// (decode_fp8_turned.cuh).
+template <int kRows>
+inline constexpr bool kTurned = kRows == kNarrowRows;
+
+// Where they are not, a thread of the scores has two keys of every eight: of a tile's scales, its
+// 16 lie side by side. The stride lets four such threads read vectors of them from different banks.
 inline constexpr int kScaleStride = kBlock / 4 + 4;
 __device__ __forceinline__ int scale_slot(int key) {
   return key % 8 / 2 * kScaleStride + key / 8 * 2 + key % 2;
@@ -23,39 +28,50 @@ __device__ __forceinline__ int scale_slot(int key) {
 
 // Queries meet e4m3 keys as e4m3, so that the tensor cores need no wider copy of them: two pieces,
 // of which the second is what the first leaves over, times 32. Together they have eight bits, as
-// bfloat16 has. A product has 64 rows: of few query rows both pieces, which is two for each; else
-// one, and there are twice as many products.
+// bfloat16 has. A product has 64 rows: of up to 32 query rows both pieces, which is two for each;
+// else one, and there are twice as many products. Of the fewest query rows both are its columns.
 inline constexpr int kPieces = 2;
 inline constexpr float kLowPiece = 1.0f / 32;
 static_assert(kPieces * kFp8FewRows == 64 && kRowTile == 64, "the rows of a warpgroup's product");
 
-// The scales of a block of fp8_block: as they come, and tile by tile as they are used.
+// The scales of a block of fp8_block: as they come, and tile by tile as they are used. Those of a
+// key that no query sees, and of rows of zeros where they are far from others, become zero.
 struct alignas(128) BlockScales {
   float raw[kBlock][kFp8Tiles];
-  // Those of a key that no query sees, and of rows of zeros where they are far from others, are
-  // zero. In the order of `scale_slot`.
-  float of_keys[kFp8Tiles][4 * kScaleStride];
-  // For the values, of two neighbouring keys over `base`, a power of two that follows the largest
-  // scale: 16-bit floats have no room for what scales can be. In the order of `pair_slot`.
-  uint32_t pairs[kFp8Tiles][kBlock / 2];
+  // Values and weights are 16-bit floats, which have no room for what scales can be: they meet them
+  // over a power of two that follows the largest.
   float base[kFp8Tiles];
-  float rebase[kFp8Tiles];  // what the output so far is to be multiplied with
+  float inverse[kFp8Tiles];  // of that
+  float rebase[kFp8Tiles];   // what the output so far is to be multiplied with
+};
+struct StraightScales : BlockScales {
+  float of_keys[kFp8Tiles][4 * kScaleStride];  // in the order of `scale_slot`
+  // For the values, of two neighbouring keys over `base`, in the order of `pair_slot`.
+  uint32_t pairs[kFp8Tiles][kBlock / 2];
+};
+struct TurnedScales : BlockScales {
+  alignas(16) float of_keys[kBlock][kFp8Tiles];
 };
 struct NoScales {};
 
-// Where `kShared`, queries as pieces, in the tiles of keys. The rotary columns of fp8_block are
-// one.
-template <bool kBlocks, bool kShared>
-struct alignas(1024) Fp8SharedQueries {
+// Queries as pieces, in the tiles of keys. The rotary columns of fp8_block are one.
+template <bool kBlocks>
+struct alignas(1024) ManyQueries {
   uint8_t latent[kPieces][kFp8Tiles][kTileBytes];
   uint8_t rope[kBlocks ? 1 : kPieces][kBlocks ? kTileBytes : kTileBytes / 2];
 };
+// Of turned products: the low pieces' rows behind those of the high ones.
 template <bool kBlocks>
-struct Fp8SharedQueries<kBlocks, false> {};
-
-// Query rows of a CTA that scores are computed for; those beyond `kRows` are padding.
-template <int kRows>
-inline constexpr int kScoreRows = kRows == kRowTile ? kRowTile : kFp8FewRows;
+struct alignas(1024) TurnedQueries {
+  uint8_t latent[kFp8Tiles][kPieces * kNarrowRows * 128];
+  uint8_t rope[kBlocks ? kNarrowRows * 128 : kPieces * kNarrowRows * 64];
+  // Of query rows, in the order of `row_slot`: what pieces are to be multiplied with; what every
+  // warp has found of its keys.
+  float scale[kNarrowRows];
+  float tops[kWarps][kNarrowRows];
+  float sums[kWarps][kNarrowRows];
+};
+struct NoQueries {};
 
 // Threads write the weights, and wgmma reads them: who has more time puts the fence between.
 template <int kRows>
@@ -65,21 +81,30 @@ template <int kRows, KeyFormat kFormat>
 struct Fp8Memory {
   static constexpr bool kBlocks = kFormat == KeyFormat::kFp8Block;
   static constexpr int kRopeBytes = kBlocks ? kTileBytes : kTileBytes / 2;
-  static constexpr int kSlots = kRows == kRowTile ? 3 : 5;  // blocks of keys
+  // Blocks of keys: as many as there is room for.
+  static constexpr int kSlots = kRows == kRowTile ? 3 : kTurned<kRows> && kBlocks ? 4 : 5;
+  // Few weights have the scales of fp8_block multiplied in, each tile's, so that values need not.
+  static constexpr int kWeights = kTurned<kRows> && kBlocks ? kFp8Tiles : 1;
+  using Queries =
+      std::conditional_t<kTurned<kRows>, TurnedQueries<kBlocks>,
+                         std::conditional_t<kRows == kRowTile, ManyQueries<kBlocks>, NoQueries>>;
+  using Scales =
+      std::conditional_t<!kBlocks, NoScales,
+                         std::conditional_t<kTurned<kRows>, TurnedScales, StraightScales>>;
   struct alignas(1024) Block {
     uint8_t latent[kFp8Tiles][kTileBytes];
     uint8_t rope[kRopeBytes];  // 64 e4m3 or bfloat16 values a row
   };
   // Of a query row, in the order of `row_slot`.
   struct alignas(16) Factors {
-    float rescale[kScoreRows<kRows>];  // of the output so far
-    float inverse[kScoreRows<kRows>];  // of the sum, with an item's last block
+    float rescale[kRows];  // of the output so far
+    float inverse[kRows];  // of the sum, with an item's last block
     int rescaled[kWarps];  // whether `rescale` is not one for some row of a warp of the scores
   };
   Block blocks[kSlots];
-  alignas(1024) half_t weights[2][kScoreRows<kRows> * kBlock];  // [query row, key], swizzled
-  Fp8SharedQueries<kBlocks, kRows == kRowTile> q;
-  std::conditional_t<kBlocks, BlockScales, NoScales> scales[kSlots];
+  alignas(1024) half_t weights[2][kWeights][kRows * kBlock];  // [query row, key], swizzled
+  Queries q;
+  Scales scales[kSlots];
   Factors factors[2];
   GatherRows rows;
   Work work;
@@ -101,7 +126,9 @@ struct Fp8Memory {
 };
 template <int kRows, KeyFormat kFormat>
 inline constexpr bool kFits = sizeof(Fp8Memory<kRows, kFormat>) <= 232448;
-static_assert(kFits<kFp8FewRows, KeyFormat::kFp8PerTensor> &&
+static_assert(kFits<kNarrowRows, KeyFormat::kFp8PerTensor> &&
+                  kFits<kNarrowRows, KeyFormat::kFp8Block> &&
+                  kFits<kFp8FewRows, KeyFormat::kFp8PerTensor> &&
                   kFits<kFp8FewRows, KeyFormat::kFp8Block> &&
                   kFits<kRowTile, KeyFormat::kFp8PerTensor> &&
                   kFits<kRowTile, KeyFormat::kFp8Block>,
@@ -115,6 +142,13 @@ __device__ __forceinline__ int row_slot(int row) {
 
 // A thread of the values has two keys of every eight.
 __device__ __forceinline__ int pair_slot(int key) { return key % 8 / 2 * (kBlock / 8) + key / 8; }
+
+// Two numbers as 16-bit floats, the first in the lower half.
+__device__ __forceinline__ uint32_t as_half2(float first, float second) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  return pair;
+}
 
 // Two pairs of e4m3 values.
 struct Pieces {
@@ -158,6 +192,10 @@ struct Scaling {
     const int exponent = min(max(__float_as_int(largest) >> 23, 8), 254);
     factor = __int_as_float((261 - exponent) << 23);
     inverse = __int_as_float((exponent - 7) << 23);
+  }
+  __device__ float apply(float number) const {
+    const float x = number * factor;
+    return x + (x - x);  // infinity, which no piece can be, becomes NaN
   }
 };
 

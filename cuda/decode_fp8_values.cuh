@@ -57,41 +57,44 @@ __device__ __forceinline__ void widen(uint32_t x, uint32_t& lower, uint32_t& upp
       : "r"(x));
 }
 
-// 16 columns of a warp and some keys of a block as the operand A. Transposed as 16-bit pairs, a
-// thread has two columns of two keys of every eight: the even columns are its first row, the odd
-// ones its second.
-template <bool kScaled, int kKeys, typename Fragment>
-__device__ __forceinline__ void read_values(uint8_t* tile, int vector, int first_key, int lane,
-                                            const KeyScales<kKeys>& scales, Fragment& a) {
-  Tensor words = recast<uint32_t>(a);
+// 16 columns of a warp and `kKeys` keys, transposed as 16-bit pairs: a thread has two columns of
+// two keys of every eight.
+template <int kKeys>
+__device__ __forceinline__ void load_values(uint8_t* tile, int vector, int first_key, int lane,
+                                            uint32_t (&raw)[kKeys / 8]) {
 #pragma unroll
   for (int i = 0; i < kKeys / 8; i += 4) {
-    uint32_t raw[4];
-    SM75_U16x8_LDSM_T::copy(vector_at(tile, first_key + i * 8 + lane, vector), raw[0], raw[1],
-                            raw[2], raw[3]);
+    SM75_U16x8_LDSM_T::copy(vector_at(tile, first_key + i * 8 + lane, vector), raw[i], raw[i + 1],
+                            raw[i + 2], raw[i + 3]);
+  }
+}
+
+// The same as the operand A: the even columns are a thread's first row, the odd ones its second.
+template <bool kScaled, int kKeys, typename Fragment>
+__device__ __forceinline__ void widen_values(const uint32_t (&raw)[kKeys / 8],
+                                             const KeyScales<kKeys>& scales, Fragment& a) {
+  Tensor words = recast<uint32_t>(a);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      uint32_t columns[2];
-      widen(__byte_perm(raw[j], 0, 0x3120), columns[0], columns[1]);
+  for (int i = 0; i < kKeys / 8; ++i) {
+    uint32_t columns[2];
+    widen(__byte_perm(raw[i], 0, 0x3120), columns[0], columns[1]);
 #pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        if constexpr (kScaled) {
-          asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(columns[k]) : "r"(scales.pairs[i + j]));
-        }
-        words((i + j) * 2 + k) = columns[k];
+    for (int k = 0; k < 2; ++k) {
+      if constexpr (kScaled) {
+        asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(columns[k]) : "r"(scales.pairs[i]));
       }
+      words(i * 2 + k) = columns[k];
     }
   }
 }
 
 // Multiplies a thread's rows by numbers that every query row has.
 template <int kRows>
-__device__ __forceinline__ void scale_output(Fp8Output<kRows>& out,
-                                             const float (&of_rows)[kScoreRows<kRows>], int lane) {
+__device__ __forceinline__ void scale_output(Fp8Output<kRows>& out, const float (&of_rows)[kRows],
+                                             int lane) {
 #pragma unroll
   for (int quad = 0; quad < kRows / 16; ++quad) {
-    const float4 four =
-        reinterpret_cast<const float4*>(of_rows)[lane % 4 * (kScoreRows<kRows> / 16) + quad];
+    const float4 four = reinterpret_cast<const float4*>(of_rows)[lane % 4 * (kRows / 16) + quad];
     const float by[4] = {four.x, four.y, four.z, four.w};
     const bool one = by[0] == 1 && by[1] == 1 && by[2] == 1 && by[3] == 1;
     if (__all_sync(0xffffffffu, one)) continue;
@@ -170,6 +173,7 @@ __device__ __forceinline__ void run_fp8_values(const KernelParams& p,
                                                Fp8Memory<kRows, kFormat>& smem, int side,
                                                int thread) {
   constexpr bool kBlocks = kFormat == KeyFormat::kFp8Block;
+  constexpr bool kScaled = kBlocks && !kTurned<kRows>;  // else scales are in the weights
   constexpr int kKeys = kChunk<kRows>;
   constexpr int kOfTile = kBlock / kKeys;  // chunks
   constexpr int kChunks = kColumnTiles * kOfTile;
@@ -207,25 +211,36 @@ __device__ __forceinline__ void run_fp8_values(const KernelParams& p,
         scale_output<kRows>(out, factors.rescale, lane);
       }
       warpgroup_fence_operand(out);
-      Tensor b = slice.partition_fragment_B(
-          make_tensor(make_smem_ptr(smem.weights[turn.slot]), WeightsLayout<kRows>{}));
-      // While the tensor cores work on one chunk, the next one is read, up to 32 query rows.
-      auto a = make_tensor<half_t>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<kSteps16>, _2>>{});
+      // While the tensor cores work on one chunk, the next one is read, and up to 32 query rows
+      // also widened: ptxas has no registers for more.
+      constexpr int kUnderWay = kOfTile == 1 ? 2 : 1;
+      auto a = make_tensor<half_t>(
+          Layout<Shape<Shape<_2, _2, _2>, _1, Int<kSteps16>, Int<kUnderWay>>>{});
+      uint32_t raw[kKeys / 8];
+      const auto load = [&](int i) __attribute__((always_inline)) {
+        const int column_tile = i / kOfTile;
+        load_values<kKeys>(block.latent[side * (kColumnTiles / 2) + column_tile / 2],
+                           column_tile % 2 * 4 + warp, i % kOfTile * kKeys, lane, raw);
+      };
       KeyScales<kKeys> scales;
       float base[kColumnTiles / 2];
+      if (kUnderWay == 1) load(0);
 #pragma unroll
       for (int i = 0; i < kChunks; ++i) {
         const int column_tile = i / kOfTile;
         const int tile = side * (kColumnTiles / 2) + column_tile / 2;
         const int first_key = i % kOfTile * kKeys;
-        if constexpr (kBlocks) {
+        auto& weights = smem.weights[turn.slot][smem.kWeights > 1 ? tile : 0];
+        Tensor b =
+            slice.partition_fragment_B(make_tensor(make_smem_ptr(weights), WeightsLayout<kRows>{}));
+        if constexpr (kScaled) {
           if (kOfTile > 1 || column_tile % 2 == 0) {
             scales = read_scales<kKeys>(scales_of.pairs[tile], first_key, lane);
           }
         }
-        auto mine = a(_, _, _, i % 2);
-        read_values<kBlocks>(block.latent[tile], column_tile % 2 * 4 + warp, first_key, lane,
-                             scales, mine);
+        auto mine = a(_, _, _, i % kUnderWay);
+        if (kUnderWay > 1) load(i);
+        widen_values<kScaled, kKeys>(raw, scales, mine);
         if (i + 1 == kChunks) {
           if constexpr (kBlocks) {
 #pragma unroll
@@ -243,7 +258,8 @@ __device__ __forceinline__ void run_fp8_values(const KernelParams& p,
           cute::gemm(mma, mine(_, _, step), b(_, _, first_key / 16 + step), sums);
         }
         warpgroup_commit_batch();
-        if (kOfTile > 1) {  // ptxas has no registers for another chunk under way
+        if (kUnderWay == 1 && i + 1 < kChunks) load(i + 1);
+        if (kUnderWay == 1) {
           warpgroup_wait<0>();
         } else if (i > 0) {
           warpgroup_wait<1>();
