@@ -201,5 +201,5 @@ def bytes_needed(case):
     rows = case.s_q * case.heads
     widest = math.ceil(max(case.lengths) / PAGE_BLOCK_SIZE)
     pages = case.pages * PAGE_BLOCK_SIZE * ROW_BYTES + case.batch * widest * 4
-    partial = (case.batch + planner.num_sm_parts(rows, 1, 132)) * rows * LATENT_DIM * 4
+    partial = (case.batch + planner.num_sm_parts(rows, 1, 132)) * rows * LATENT_DIM * 2
     return pages + case.batch * rows * (HEAD_DIM + LATENT_DIM) * 2 + partial

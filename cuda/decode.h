@@ -17,6 +17,8 @@ inline constexpr int kNarrowRows = 16;      // of the narrow one
 inline constexpr int kFp8FewRows = 32;      // of the one for FP8 caches; or kRowTile
 inline constexpr int kPartialRows = 16;     // partial results: tiles of so many rows
 inline constexpr int kPartialColumns = 8;   // and columns
+inline constexpr int kPartialStrips = kLatentDim / kPartialColumns;
+inline constexpr int kPartialStats = kPartialRows + kPartialStrips;
 inline constexpr float kLog2E = 1.4426950408889634f;
 inline constexpr float kLn2 = 0.6931471805599453f;  // natural logarithms from base 2
 
@@ -28,8 +30,10 @@ enum class KeyFormat { kPlain, kFp8PerTensor, kFp8Block };
 // The query rows of a sequence and KV head are (s_q, heads per KV head), flattened: `num_rows`.
 // Partial results, one per slot of num_splits and KV head, are in the order of accumulators, so
 // that warps store and load whole lines: tiles of kPartialRows rows (the last one's may be more
-// than there are), in them tiles of eight columns, in them a float4 of each of 32 lanes. Lane i
-// has, of rows i / 4 and i / 4 + 8, columns 2 (i % 4) and the next.
+// than there are), in them strips of eight columns, in them four numbers of each of 32 lanes. Lane
+// i has, of rows i / 4 and i / 4 + 8, columns 2 (i % 4) and the next. Numbers are 16-bit floats,
+// since an SM writes no more than some 34 bytes a cycle; each strip's over a power of two, since
+// values may be of any size.
 // Queries, keys, tile_scheduler_metadata, out and partial_out are aligned to 16 bytes.
 struct DecodeParams {
   DType dtype;
@@ -46,8 +50,10 @@ struct DecodeParams {
   const int32_t* num_splits;               // [groups, batch + 1]
   void* out;                               // [groups, batch, s_q, h_q, 512]
   float* lse;                              // [groups, batch, h_q, s_q]
-  float* partial_out;                      // [groups, slots, h_kv, partial_tiles, 64, 32, 4]
-  float* partial_lse;  // [groups, slots, h_kv, partial_tiles, kPartialRows], base 2
+  void* partial_out;  // [groups, slots, h_kv, partial_tiles, kPartialStrips, 32, 4]
+  // [groups, slots, h_kv, partial_tiles, kPartialStats]: rows' log-sum-exps of base 2, then what
+  // strips are to be multiplied with.
+  float* partial_stats;
   int groups;
   int batch;
   int s_q;

@@ -10,7 +10,6 @@
 namespace jax_flashmla {
 namespace {
 
-constexpr int kColumnTiles = kLatentDim / kPartialColumns;
 constexpr float kLowest = -FLT_MAX;  // not above any log-sum-exp, and still finite
 
 // Two neighbouring columns.
@@ -29,8 +28,8 @@ struct Tile {
   int slice;   // of the columns
   bool whole;  // the sequence was not split: nothing to do
   int splits;
-  const float4* columns;  // of the first split
-  const float* lse;
+  const uint2* columns;  // of the first split
+  const float* stats;
   int64_t step;  // tiles from one split to the next
 };
 
@@ -55,8 +54,8 @@ __device__ __forceinline__ Tile find_tile(const KernelParams& p,
   tile.step = int64_t{p.h_kv} * p.partial_tiles();
   const int64_t first = (static_cast<int64_t>(group) * p.slots + slot) * tile.step +
                         tile.kv_head * p.partial_tiles() + number;
-  tile.columns = reinterpret_cast<const float4*>(p.partial_out) + first * kColumnTiles * 32;
-  tile.lse = p.partial_lse + first * kPartialRows;
+  tile.columns = static_cast<const uint2*>(p.partial_out) + first * kPartialStrips * 32;
+  tile.stats = p.partial_stats + first * kPartialStats;
   return tile;
 }
 
@@ -93,18 +92,23 @@ __device__ __forceinline__ float inverse(float total) {
 __device__ __forceinline__ float log_sum_exp(float base, float total) {
   return total == 0 ? -INFINITY : (base + __log2f(total)) * kLn2;
 }
-__device__ __forceinline__ void add_scaled(float4& sum, const float (&weight)[2], const float4& v) {
-  sum.x += weight[0] * v.x, sum.y += weight[0] * v.y;
-  sum.z += weight[1] * v.z, sum.w += weight[1] * v.w;
+// Adds a lane's part of a strip, by its rows' weights and the strip's scale.
+__device__ __forceinline__ void add_scaled(float4& sum, const float (&weight)[2], float scale,
+                                           const uint2& part) {
+  const float2 first = __half22float2(reinterpret_cast<const __half2&>(part.x));
+  const float2 second = __half22float2(reinterpret_cast<const __half2&>(part.y));
+  const float by[2] = {weight[0] * scale, weight[1] * scale};
+  sum.x += by[0] * first.x, sum.y += by[0] * first.y;
+  sum.z += by[1] * second.x, sum.w += by[1] * second.y;
 }
 
-// Few splits: a warp has all of them, for `kVectors` tiles of eight columns at a time.
+// Few splits: a warp has all of them, for `kVectors` strips at a time.
 struct FewSplits {
   static constexpr int kWarps = 4;
   static constexpr int kThreads = kWarps * 32;
   static constexpr int kVectors = 4;
   static constexpr int kAhead = 4;  // splits loaded at a time
-  static constexpr int kSlices = kColumnTiles / (kWarps * kVectors);
+  static constexpr int kSlices = kPartialStrips / (kWarps * kVectors);
 };
 
 template <typename Element>
@@ -118,28 +122,33 @@ __global__ void __launch_bounds__(FewSplits::kThreads)
   for (int i = 0; i < 2; ++i) target[i] = find_target<Element>(p, tile, lane / 4 + 8 * i);
   if (leave_or_wait(tile)) return;
 
-  for (int first = (tile.slice * S::kWarps + threadIdx.x / 32) * S::kVectors; first < kColumnTiles;
-       first += by_slices.divisor * S::kWarps * S::kVectors) {
+  for (int first = (tile.slice * S::kWarps + threadIdx.x / 32) * S::kVectors;
+       first < kPartialStrips; first += by_slices.divisor * S::kWarps * S::kVectors) {
     float base[2] = {kLowest, kLowest};
     float total[2] = {0, 0};
     float4 sum[S::kVectors] = {};
 #pragma unroll 1
     for (int begin = 0; begin < tile.splits; begin += S::kAhead) {
       float lse[S::kAhead][2];
-      float4 loaded[S::kAhead][S::kVectors];
+      uint2 loaded[S::kAhead][S::kVectors];
+      float4 scales[S::kAhead];
+      static_assert(S::kVectors == 4);
 #pragma unroll
       for (int j = 0; j < S::kAhead; ++j) {
         const bool there = begin + j < tile.splits;
         const int64_t split = (begin + j) * tile.step;
 #pragma unroll
         for (int v = 0; v < S::kVectors; ++v) {
-          const float4* at = tile.columns + (split * kColumnTiles + first + v) * 32 + lane;
-          loaded[j][v] = there ? *at : float4{};
+          const uint2* at = tile.columns + (split * kPartialStrips + first + v) * 32 + lane;
+          loaded[j][v] = there ? *at : uint2{};
         }
+        const float* const stats = tile.stats + split * kPartialStats;
+        const auto* at = reinterpret_cast<const float4*>(stats + kPartialRows + first);
+        scales[j] = there ? *at : float4{};
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const bool has = there && target[i].out != nullptr;
-          lse[j][i] = has ? tile.lse[split * kPartialRows + lane / 4 + 8 * i] : -INFINITY;
+          lse[j][i] = has ? stats[lane / 4 + 8 * i] : -INFINITY;
         }
       }
 #pragma unroll
@@ -161,7 +170,9 @@ __global__ void __launch_bounds__(FewSplits::kThreads)
         const float weight[2] = {exp2f(lse[j][0] - base[0]), exp2f(lse[j][1] - base[1])};
         total[0] += weight[0], total[1] += weight[1];
 #pragma unroll
-        for (int v = 0; v < S::kVectors; ++v) add_scaled(sum[v], weight, loaded[j][v]);
+        for (int v = 0; v < S::kVectors; ++v) {
+          add_scaled(sum[v], weight, reinterpret_cast<const float*>(&scales[j])[v], loaded[j][v]);
+        }
       }
     }
 #pragma unroll
@@ -179,7 +190,7 @@ __global__ void __launch_bounds__(FewSplits::kThreads)
   }
 }
 
-// Many splits: eight warps share them, for `kVectors` tiles of columns. Each loads `kAhead` of its
+// Many splits: eight warps share them, for `kVectors` strips. Each loads `kAhead` of its
 // own at a time; the weights of all of those are found meanwhile, a row and some splits a thread.
 template <int kVectors_, int kAhead_>
 struct ManySplits {
@@ -188,7 +199,7 @@ struct ManySplits {
   static constexpr int kVectors = kVectors_;
   static constexpr int kAhead = kAhead_;
   static constexpr int kAtOnce = kWarps * kAhead;  // splits
-  static constexpr int kSlices = kColumnTiles / kVectors;
+  static constexpr int kSlices = kPartialStrips / kVectors;
 };
 
 template <typename S>
@@ -201,11 +212,14 @@ struct ManyMemory {
 };
 
 // Now, and not when the result is needed, where the compiler would like to have it.
-__device__ __forceinline__ float4 load_early(const float4* at) {
-  float4 x;
-  asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-               : "l"(at));
+__device__ __forceinline__ uint2 load_early(const uint2* at) {
+  uint2 x;
+  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(at));
+  return x;
+}
+__device__ __forceinline__ float load_early(const float* at) {
+  float x;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(x) : "l"(at));
   return x;
 }
 
@@ -232,10 +246,12 @@ __global__ void __launch_bounds__(S::kThreads)
   const Target<Element> lse_target = find_target<Element>(p, tile, row);
   const int first = tile.slice * S::kVectors;
   // Of the warp's and of the thread's first split, and from one to the next.
-  const float4* columns = tile.columns + (warp * tile.step * kColumnTiles + first) * 32 + lane;
-  const int64_t columns_step = S::kWarps * tile.step * kColumnTiles * 32;
-  const float* lses = tile.lse + group * tile.step * kPartialRows + row;
-  const int64_t lses_step = kGroups * tile.step * kPartialRows;
+  const uint2* columns = tile.columns + (warp * tile.step * kPartialStrips + first) * 32 + lane;
+  const int64_t columns_step = S::kWarps * tile.step * kPartialStrips * 32;
+  const float* scales = tile.stats + warp * tile.step * kPartialStats + kPartialRows + first;
+  const int64_t scales_step = S::kWarps * tile.step * kPartialStats;
+  const float* lses = tile.stats + group * tile.step * kPartialStats + row;
+  const int64_t lses_step = kGroups * tile.step * kPartialStats;
   if (leave_or_wait(tile)) return;
 
   float base = kLowest;  // of the row
@@ -243,12 +259,16 @@ __global__ void __launch_bounds__(S::kThreads)
   float4 sum[S::kVectors] = {};
 #pragma unroll 1
   for (int begin = 0; begin < tile.splits; begin += S::kAtOnce) {
-    float4 loaded[S::kAhead][S::kVectors];
+    uint2 loaded[S::kAhead][S::kVectors];
+    float scale[S::kAhead][S::kVectors];
 #pragma unroll
-    for (int j = 0; j < S::kAhead; ++j, columns += columns_step) {
+    for (int j = 0; j < S::kAhead; ++j, columns += columns_step, scales += scales_step) {
       if (begin + j * S::kWarps + warp >= tile.splits) break;
 #pragma unroll
-      for (int v = 0; v < S::kVectors; ++v) loaded[j][v] = load_early(columns + v * 32);
+      for (int v = 0; v < S::kVectors; ++v) {
+        loaded[j][v] = load_early(columns + v * 32);
+        scale[j][v] = load_early(scales + v);
+      }
     }
     float lse[kWeights];
     float top = kLowest;
@@ -289,7 +309,9 @@ __global__ void __launch_bounds__(S::kThreads)
       const float* weights = smem.weights[j * S::kWarps + warp];
       const float weight[2] = {weights[lane / 4], weights[lane / 4 + 8]};
 #pragma unroll
-      for (int v = 0; v < S::kVectors; ++v) add_scaled(sum[v], weight, loaded[j][v]);
+      for (int v = 0; v < S::kVectors; ++v) {
+        add_scaled(sum[v], weight, scale[j][v], loaded[j][v]);
+      }
     }
   }
   total += __shfl_xor_sync(0xffffffffu, total, kPartialRows);

@@ -5,6 +5,7 @@
 #include <cutlass/numeric_types.h>
 
 #include "cuda/decode_gather.cuh"
+#include "cuda/decode_store.cuh"
 
 namespace jax_flashmla {
 
@@ -142,13 +143,6 @@ __device__ __forceinline__ int row_slot(int row) {
 
 // A thread of the values has two keys of every eight.
 __device__ __forceinline__ int pair_slot(int key) { return key % 8 / 2 * (kBlock / 8) + key / 8; }
-
-// Two numbers as 16-bit floats, the first in the lower half.
-__device__ __forceinline__ uint32_t as_half2(float first, float second) {
-  uint32_t pair;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-  return pair;
-}
 
 // Two pairs of e4m3 values.
 struct Pieces {

@@ -123,30 +123,37 @@ __device__ __forceinline__ void keep_nothing_of(int& lane) { asm volatile("" : "
 template <int kRows, typename Element>
 __device__ __forceinline__ void write_fp8_output(const KernelParams& p, const Work& work,
                                                  const Item& item, int first_column, int lane,
-                                                 const Fp8Output<kRows>& out) {
+                                                 Fp8Output<kRows>& out) {
   keep_nothing_of(lane);
   if (item.slot == Item::kEmpty) return;
   if (item.slot >= 0) {
+    float sums[4] = {};
+#pragma unroll
+    for (int i = 0; i < size(out); ++i) sums[i % 4] += fabsf(out(i));
+    const PartialScaling scaling(sums[0] + sums[1] + sums[2] + sums[3]);
+#pragma unroll
+    for (int i = 0; i < size(out); ++i) out(i) *= scaling.factor;
     const int column = first_column + lane / 4 * 2;
 #pragma unroll
     for (int half = 0; half < kRows / kPartialRows; ++half) {
       const int row = work.tile * kRows + half * kPartialRows;
       if (row >= p.num_rows()) return;
-      float4* const partial =
-          reinterpret_cast<float4*>(p.partial_out) +
-          (partial_tile(p, work, item, row / kPartialRows) * (kLatentDim / kPartialColumns) +
-           column / kPartialColumns) *
-              32 +
-          lane % 4 * 8 + column % kPartialColumns / 2;
+      const int64_t tile = partial_tile(p, work, item, row / kPartialRows);
+      uint2* const partial = partial_target(p, tile, column / kPartialColumns,
+                                            lane % 4 * 8 + column % kPartialColumns / 2);
 #pragma unroll
       for (int i = 0; i < kColumnTiles; ++i) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {  // of two neighbouring rows
           const int at = even<kRows>(i, half * 4 + j);
           const int below = even<kRows>(i, half * 4 + j + 2);
-          partial[i * (64 / kPartialColumns) * 32 + j * 4] =
-              make_float4(out(at), out(at + 2), out(below), out(below + 2));
+          partial[i * (64 / kPartialColumns) * 32 + j * 4] = {as_half2(out(at), out(at + 2)),
+                                                              as_half2(out(below), out(below + 2))};
         }
+      }
+      if (lane < kColumnTiles * 2) {  // two strips of each tile
+        const int strip = first_column / kPartialColumns + lane / 2 * (64 / kPartialColumns);
+        scaling.store(p, tile, strip + lane % 2);
       }
     }
     return;

@@ -104,7 +104,7 @@ __device__ __forceinline__ void attend(const KernelParams& p, NarrowMemory<Eleme
 #pragma unroll 1
   for (int seq = work.begin_seq; has_item(work, seq); ++seq) {
     const Item item = find_item<kWindowed>(p, work, seq);
-    float4* const partial = partial_target(p, work, item, 0, warp * 8, lane);
+    const int64_t tile = partial_tile(p, work, item, 0);
     float* lse[2] = {};  // found while the keys are on their way
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -197,8 +197,7 @@ __device__ __forceinline__ void attend(const KernelParams& p, NarrowMemory<Eleme
       }
       chunk.advance(kChunks);
     }
-    scale_rows(out, inverse);
-    write_output<Element, 8>(p, work, item, partial, 0, warp * 8, lane,
+    write_output<Element, 8>(p, work, item, tile, 0, warp * 8, lane, inverse,
                              [&](int i) { return out[i]; });
 #pragma unroll
     for (int i = 0; i < 2; ++i) {

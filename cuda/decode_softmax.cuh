@@ -55,7 +55,8 @@ struct BlockView {
 __device__ __forceinline__ float* lse_target(const KernelParams& p, const Work& work,
                                              const Item& item, int row) {
   if (item.slot >= 0) {
-    return p.partial_lse + partial_tile(p, work, item, 0) * kPartialRows + row;
+    const int64_t tile = partial_tile(p, work, item, row / kPartialRows);
+    return p.partial_stats + tile * kPartialStats + row % kPartialRows;
   }
   int token, head;
   p.by_heads_per_kv(token, head, row);

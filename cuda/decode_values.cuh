@@ -85,13 +85,12 @@ __device__ __forceinline__ void run_values(const KernelParams& p, SharedMemory<E
       rope.advance();
     }
     const auto get = [&](int i) __attribute__((always_inline)) {
-      return make_float4(out(4 * i) * inverse[0], out(4 * i + 1) * inverse[0],
-                         out(4 * i + 2) * inverse[1], out(4 * i + 3) * inverse[1]);
+      return make_float4(out(4 * i), out(4 * i + 1), out(4 * i + 2), out(4 * i + 3));
     };
     constexpr int kCount = kHalfTiles * 64 / kPartialColumns;
     const int row = work.tile * kRowTile + thread / 32 * 16;
-    float4* const partial = partial_target(p, work, item, row, side * kCount, lane);
-    write_output<Element, kCount>(p, work, item, partial, row, side * kCount, lane, get);
+    const int64_t tile = partial_tile(p, work, item, row / kPartialRows);
+    write_output<Element, kCount>(p, work, item, tile, row, side * kCount, lane, inverse, get);
   }
 }
 

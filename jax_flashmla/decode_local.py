@@ -13,6 +13,7 @@ from jax_flashmla.metadata import get_mla_metadata
 from jax_flashmla.primitive import define_primitive, lower_as_jax, result_aval
 
 PARTIAL_ROWS = 16  # the kernels' partial results are in tiles of so many query rows
+PARTIAL_STATS = PARTIAL_ROWS + LATENT_DIM // 8  # of each: log-sum-exps, scales of columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,7 @@ def _xla_lowering(walk):
 
 
 def partial_types(slots, rows):
-    """The kernels' buffers of partial results: outputs and log-sum-exps (see cuda/decode.h).
+    """The kernels' buffers of partial results: outputs and what belongs to them (cuda/decode.h).
 
     Args:
       slots: the leading dimensions: (groups,) slots of `num_splits`, KV heads.
@@ -98,8 +99,8 @@ def partial_types(slots, rows):
     """
     tiles = -(-rows // PARTIAL_ROWS)
     return (
-        jax.ShapeDtypeStruct((*slots, tiles, PARTIAL_ROWS * LATENT_DIM), jnp.float32),
-        jax.ShapeDtypeStruct((*slots, tiles, PARTIAL_ROWS), jnp.float32),
+        jax.ShapeDtypeStruct((*slots, tiles, PARTIAL_ROWS * LATENT_DIM), jnp.float16),
+        jax.ShapeDtypeStruct((*slots, tiles, PARTIAL_STATS), jnp.float32),
     )
 
 

@@ -50,7 +50,7 @@ def launch(arrays, metadata, h_kv, causal, **options):
     slots = batch + parts
     out = poisoned((batch, s_q, h_q, 512), q.dtype)
     lse = poisoned((batch, h_q, s_q))
-    workspace = [poisoned(buffer.shape) for buffer in partial_types((slots, h_kv), rows)]
+    workspace = [poisoned(x.shape, x.dtype) for x in partial_types((slots, h_kv), rows)]
     operands = jax.block_until_ready((*arrays, *metadata, out, lse, *workspace))
     microseconds = native.module.bench.time_decode(
         [x.unsafe_buffer_pointer() for x in operands],

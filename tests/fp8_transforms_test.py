@@ -177,9 +177,11 @@ class ExportTest(parameterized.TestCase):
             fp8.assert_same_bytes(k_cache, want_cache)
             problem.values = fp8.dequantize(want_cache, name, problem.k_scale)
             want = problem.reference()
-            np.testing.assert_allclose(np.asarray(out, np.float64), want[0], atol=5e-2, rtol=1e-2)
-            # On a GPU XLA's products have their keys rounded to 16 bits.
+            # On a GPU XLA's products have their keys rounded to 16 bits. Scores that are so far off
+            # move the weighted mean of the values by as much of the largest.
             slack = 4 * fp8.tolerance(problem.q, problem.values)[1]
+            atol = 5e-2 + slack * np.nanmax(np.abs(problem.values))
+            np.testing.assert_allclose(np.asarray(out, np.float64), want[0], atol=atol, rtol=1e-2)
             np.testing.assert_allclose(lse, want[1], atol=1e-4 + slack, rtol=1e-5)
 
 

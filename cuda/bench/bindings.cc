@@ -68,7 +68,7 @@ std::vector<float> time_plan(HostLengths cache_seqlens, int num_parts, int overh
 
 // Times decode on device arrays that the caller keeps alive, given by their addresses
 // (jax.Array.unsafe_buffer_pointer) in the order q, k_cache, block_table, cache_seqlens,
-// tile_scheduler_metadata, num_splits, out, lse, partial_out, partial_lse, and, of an FP8 cache
+// tile_scheduler_metadata, num_splits, out, lse, partial_out, partial_stats, and, of an FP8 cache
 // with one scale, k_scale. `key_format`: "plain", "fp8_per_tensor" or "fp8_block". One group, whole
 // queries. `what`: "decode", its kernels "split" and "combine", or "floor". `copies`: how many q
 // and out there are, one after the other; launches take them in turn.
@@ -105,8 +105,8 @@ std::vector<float> time_decode(const std::vector<uintptr_t>& operands, int batch
       .num_splits = ints(5),
       .out = pointer(6),
       .lse = static_cast<float*>(pointer(7)),
-      .partial_out = static_cast<float*>(pointer(8)),
-      .partial_lse = static_cast<float*>(pointer(9)),
+      .partial_out = pointer(8),
+      .partial_stats = static_cast<float*>(pointer(9)),
       .groups = 1,
       .batch = batch,
       .s_q = s_q,

@@ -42,7 +42,7 @@ ffi::Error decode(cudaStream_t stream, ffi::AnyBuffer q_nope, ffi::AnyBuffer q_r
                   ffi::AnyBuffer num_splits, float softmax_scale, float logits_soft_cap,
                   int32_t sliding_window, bool causal, ffi::Result<ffi::AnyBuffer> out,
                   ffi::Result<ffi::AnyBuffer> lse, ffi::Result<ffi::AnyBuffer> partial_out,
-                  ffi::Result<ffi::AnyBuffer> partial_lse) {
+                  ffi::Result<ffi::AnyBuffer> partial_stats) {
   const auto misfit = [](const char* what) {
     return ffi::Error::InvalidArgument(std::string("jax_flashmla_decode: ") + what);
   };
@@ -50,7 +50,7 @@ ffi::Error decode(cudaStream_t stream, ffi::AnyBuffer q_nope, ffi::AnyBuffer q_r
   const auto cache = k_cache.dimensions();
   const auto table = block_table.dimensions();
   const auto metadata = tile_scheduler_metadata.dimensions();
-  const auto partial = partial_lse->dimensions();
+  const auto partial = partial_stats->dimensions();
   if (q.size() != 5 || cache.size() != 5 || table.size() != 3 || metadata.size() != 3 ||
       partial.size() != 5) {
     return misfit("ranks do not fit");
@@ -89,7 +89,7 @@ ffi::Error decode(cudaStream_t stream, ffi::AnyBuffer q_nope, ffi::AnyBuffer q_r
       has_shape(*out, {groups, batch, s_q, h_q, kLatentDim}) &&
       has_shape(*lse, {groups, batch, h_q, s_q}) &&
       has_shape(*partial_out, {groups, slots, h_kv, tiles, kPartialRows * kLatentDim}) &&
-      has_shape(*partial_lse, {groups, slots, h_kv, tiles, kPartialRows}) &&
+      has_shape(*partial_stats, {groups, slots, h_kv, tiles, kPartialStats}) &&
       slots >= batch + metadata[1] - 1 && table[2] < kLimit / page;
   if (!shapes_fit) return misfit("shapes do not fit");
   if (logits_soft_cap < 0 || sliding_window < 0) return misfit("a cap or window is negative");
@@ -100,8 +100,8 @@ ffi::Error decode(cudaStream_t stream, ffi::AnyBuffer q_nope, ffi::AnyBuffer q_r
       out->element_type() == dtype && block_table.element_type() == ffi::S32 &&
       cache_seqlens.element_type() == ffi::S32 &&
       tile_scheduler_metadata.element_type() == ffi::S32 && num_splits.element_type() == ffi::S32 &&
-      lse->element_type() == ffi::F32 && partial_out->element_type() == ffi::F32 &&
-      partial_lse->element_type() == ffi::F32;
+      lse->element_type() == ffi::F32 && partial_out->element_type() == ffi::F16 &&
+      partial_stats->element_type() == ffi::F32;
   if (!types_fit) return misfit("dtypes do not fit");
 
   const auto* rope = static_cast<const uint16_t*>(q_rope.untyped_data());
@@ -121,8 +121,8 @@ ffi::Error decode(cudaStream_t stream, ffi::AnyBuffer q_nope, ffi::AnyBuffer q_r
       .num_splits = static_cast<const int32_t*>(num_splits.untyped_data()),
       .out = out->untyped_data(),
       .lse = static_cast<float*>(lse->untyped_data()),
-      .partial_out = static_cast<float*>(partial_out->untyped_data()),
-      .partial_lse = static_cast<float*>(partial_lse->untyped_data()),
+      .partial_out = partial_out->untyped_data(),
+      .partial_stats = static_cast<float*>(partial_stats->untyped_data()),
       .groups = static_cast<int>(groups),
       .batch = static_cast<int>(batch),
       .s_q = static_cast<int>(s_q),
@@ -165,6 +165,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_flashmla_decode, jax_flashmla::decode,
                                   .Ret<xla::ffi::AnyBuffer>()  // out
                                   .Ret<xla::ffi::AnyBuffer>()  // lse
                                   .Ret<xla::ffi::AnyBuffer>()  // partial_out: workspace
-                                  .Ret<xla::ffi::AnyBuffer>()  // partial_lse: workspace
+                                  .Ret<xla::ffi::AnyBuffer>()  // partial_stats: workspace
                               ,
                               {xla::ffi::Traits::kCmdBufferCompatible});
