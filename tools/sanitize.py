@@ -95,9 +95,7 @@ def decode(lengths, s_q, h_q, h_kv, num_sms, page=64, width=576, window=0, form=
     operands = [cupy.asarray(x) for x in (q, pool, table, seqlens, *metadata)]
     out = cupy.full((batch, s_q, h_q, 512), 0x7FC0, np.uint16)  # NaN
     lse = cupy.full((batch, h_q, s_q), np.nan, np.float32)
-    workspace = [
-        cupy.full(x.shape, np.nan, x.dtype) for x in partial_types((slots, h_kv), rows)
-    ]
+    workspace = [cupy.full(x.shape, np.nan, x.dtype) for x in partial_types((slots, h_kv), rows)]
     scale = [cupy.full(1, K_SCALE, np.float32)] if form == "fp8_per_tensor" else []
     cupy.cuda.Device().synchronize()
     native.module.bench.time_decode(
