@@ -81,6 +81,21 @@ class DecodeTest(parameterized.TestCase):
     def test_softmax_scale(self, softmax_scale):
         self.check(problems.make_problem(self.rng, [70, 300]), softmax_scale=softmax_scale)
 
+    @parameterized.product(sizes=(2.0**-100, 2.0**-20, 2.0**20, 2.0**100, None), h_q=(16, 128))
+    def test_values_of_any_size(self, sizes, h_q):
+        # Few sequences are split, and the kernel's partial results have 16 bits. None: columns
+        # differ. Powers of two change no bit of a score, if queries have them the other way round.
+        if sizes is None:
+            sizes = 2.0 ** self.rng.integers(-16, 1, 576)
+        problem = problems.make_problem(self.rng, [700, 70], h_q=h_q)
+        dtype = problem.q.dtype
+        want, plain = (oracle.decode(*problem.arrays, rounded_to=x) for x in (None, dtype))
+        problem.q[:] = problem.q.astype(np.float32) / sizes
+        problem.k_cache[:] = problem.k_cache.astype(np.float32) * sizes
+        out, lse = decode(*problem.arrays)
+        out = np.asarray(out, np.float64) / np.broadcast_to(sizes, 576)[:512]
+        support.assert_decodes_well(self, (out, lse), want, plain, dtype)
+
     @parameterized.parameters(
         {"h_q": 3},
         {"h_q": 6, "h_kv": 2, "page": 16},
