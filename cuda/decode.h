@@ -17,8 +17,8 @@ inline constexpr int kNarrowRows = 16;      // of the narrow one
 inline constexpr int kFp8FewRows = 32;      // of the one for FP8 caches; or kRowTile
 inline constexpr int kPartialRows = 16;     // partial results: tiles of so many rows
 inline constexpr int kPartialColumns = 8;   // and columns
-inline constexpr int kPartialStrips = kLatentDim / kPartialColumns;
-inline constexpr int kPartialStats = kPartialRows + kPartialStrips;
+inline constexpr int kPartialStrips = kLatentDim / kPartialColumns;  // of a tile
+inline constexpr int kPartialStats = kPartialRows + kPartialStrips;  // numbers beside a tile
 inline constexpr float kLog2E = 1.4426950408889634f;
 inline constexpr float kLn2 = 0.6931471805599453f;  // natural logarithms from base 2
 

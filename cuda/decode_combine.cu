@@ -92,6 +92,7 @@ __device__ __forceinline__ float inverse(float total) {
 __device__ __forceinline__ float log_sum_exp(float base, float total) {
   return total == 0 ? -INFINITY : (base + __log2f(total)) * kLn2;
 }
+
 // Adds a lane's part of a strip, by its rows' weights and the strip's scale.
 __device__ __forceinline__ void add_scaled(float4& sum, const float (&weight)[2], float scale,
                                            const uint2& part) {
