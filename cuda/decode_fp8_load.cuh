@@ -143,7 +143,6 @@ struct ScalePreparer {
 template <int kRows, KeyFormat kFormat>
 __device__ __forceinline__ void copy_blocks(const KernelParams& p, const Fp8TensorMaps& maps,
                                             Fp8Memory<kRows, kFormat>& smem) {
-  constexpr auto kHint = static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_FIRST);
   const Work& work = smem.work;
   Ring<Fp8Memory<kRows, kFormat>::kSlots> slot;
 #pragma unroll 1
@@ -154,22 +153,19 @@ __device__ __forceinline__ void copy_blocks(const KernelParams& p, const Fp8Tens
     for (int number = item.first; number < item.last; ++number, slot.advance()) {
       auto& block = smem.blocks[slot.slot];
       const int page = check_page(p, work, next);
-      const int row = (number & ((1 << p.page_shift) - 1)) * kBlock;
+      const int row = block_in_page(p, number) * kBlock;
       next = load_page<1>(p, work, seq, number + 1);
       FullBarrier& full = smem.full[slot.slot];
       smem.empty[slot.slot].wait(slot.parity ^ 1);
-      auto* const barrier = reinterpret_cast<uint64_t*>(&full);
       uint32_t bytes = sizeof(block.latent) + sizeof(block.rope);
       if constexpr (smem.kBlocks) bytes += sizeof(BlockScales::raw);
       full.arrive_and_expect_tx(bytes);
       // Scales first: they are what is to be prepared before others can use the block.
       if constexpr (smem.kBlocks) {
-        SM90_TMA_LOAD_5D::copy(&maps.scales, barrier, kHint, smem.scales[slot.slot].raw, 0, row, 0,
-                               work.head, page);
+        load_box<1>(&maps.scales, full, smem.scales[slot.slot].raw, 0, work.head, page, row);
       }
-      SM90_TMA_LOAD_5D::copy(&maps.latent, barrier, kHint, block.latent, 0, row, 0, work.head,
-                             page);
-      SM90_TMA_LOAD_5D::copy(&maps.rope, barrier, kHint, block.rope, 0, row, 0, work.head, page);
+      load_box<1>(&maps.latent, full, block.latent, 0, work.head, page, row);
+      load_box<1>(&maps.rope, full, block.rope, 0, work.head, page, row);
     }
   }
 }

@@ -5,22 +5,42 @@
 
 namespace jax_flashmla {
 
-// Queries of registers or shared memory with 64 keys of 128 bytes, and with the bfloat16 columns of
-// fp8_block.
-using Fp8ScoresMma =
-    decltype(make_tiled_mma(GMMA::rs_op_selector<E4M3, E4M3, float, Shape<_64, _64, _32>,
-                                                 GMMA::Major::K, GMMA::Major::K>()));
-using RopeScoresMma = decltype(make_tiled_mma(
-    GMMA::rs_op_selector<bfloat16_t, bfloat16_t, float, Shape<_64, _64, _16>, GMMA::Major::K,
+// 64 rows by so many columns, over 32 bytes of each; row operands in registers or shared memory.
+template <typename Element, int kColumns>
+using ProductShape = Shape<_64, Int<kColumns>, Int<32 / sizeof(Element)>>;
+template <typename Element, int kColumns>
+using RegisterMma = decltype(make_tiled_mma(
+    GMMA::rs_op_selector<Element, Element, float, ProductShape<Element, kColumns>, GMMA::Major::K,
                          GMMA::Major::K>()));
-using SharedFp8ScoresMma =
-    decltype(make_tiled_mma(GMMA::ss_op_selector<E4M3, E4M3, float, Shape<_64, _64, _32>,
-                                                 GMMA::Major::K, GMMA::Major::K>()));
-using SharedRopeScoresMma = decltype(make_tiled_mma(
-    GMMA::ss_op_selector<bfloat16_t, bfloat16_t, float, Shape<_64, _64, _16>, GMMA::Major::K,
+template <typename Element, int kColumns>
+using SharedMma = decltype(make_tiled_mma(
+    GMMA::ss_op_selector<Element, Element, float, ProductShape<Element, kColumns>, GMMA::Major::K,
                          GMMA::Major::K>()));
-using Fp8KeyLayout = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<E4M3>{}, Shape<_64, _128>{}));
-using Fp8RopeLayout = decltype(tile_to_shape(GMMA::Layout_K_SW64_Atom<E4M3>{}, Shape<_64, _64>{}));
+
+// What a swizzled row has: 128 bytes, or, of the rotary columns of fp8_per_tensor, 64.
+template <typename Element>
+using WideRows = GMMA::Layout_K_SW128_Atom<Element>;
+using ShortRows = GMMA::Layout_K_SW64_Atom<E4M3>;
+template <typename Rows, typename Count>
+using OperandLayout = decltype(tile_to_shape(Rows{}, Shape<Count, decltype(size<1>(Rows{}))>{}));
+
+// Adds the products of two operands in shared memory to `to`, or begins with them: as `mma` says.
+template <typename Rows, typename Mma, typename Sums>
+__device__ __forceinline__ void multiply_shared(Mma& mma, uint8_t* rows, uint8_t* columns,
+                                                Sums& to) {
+  using Element = typename Mma::ValTypeA;
+  const auto slice = mma.get_slice(0);
+  Tensor a = slice.partition_fragment_A(
+      make_tensor(make_smem_ptr(reinterpret_cast<Element*>(rows)), OperandLayout<Rows, _64>{}));
+  Tensor b =
+      slice.partition_fragment_B(make_tensor(make_smem_ptr(reinterpret_cast<Element*>(columns)),
+                                             OperandLayout<Rows, decltype(tile_size<1>(Mma{}))>{}));
+#pragma unroll
+  for (int step = 0; step < size<2>(b); ++step) {
+    cute::gemm(mma, a(_, _, step), b(_, _, step), to);
+    mma.accumulate_ = GMMA::ScaleOut::One;
+  }
+}
 
 // The products of a block, batch by batch of a tile's columns: the tensor cores add e4m3 products
 // up with some 14 bits, so that not many should come together before they are added to a float32.
@@ -37,7 +57,7 @@ struct Fp8Scores {
   static constexpr int kAhead = kRows == kRowTile ? 1 : 2;
   using Memory = Fp8Memory<kRows, kFormat>;
   using Block = typename Memory::Block;
-  using Sums = decltype(partition_fragment_C(Fp8ScoresMma{}, Shape<_64, _64>{}));
+  using Sums = decltype(partition_fragment_C(RegisterMma<E4M3, 64>{}, Shape<_64, _64>{}));
 
   const Fp8Queries<kRows, kFormat>& q;
   Memory& smem;
@@ -98,49 +118,36 @@ struct Fp8Scores {
       }
     };
     if (kBlocks && batch == kFp8Tiles) {
-      RopeScoresMma mma;
+      RegisterMma<bfloat16_t, 64> mma;
       mma.accumulate_ = GMMA::ScaleOut::Zero;
       multiply(mma, reinterpret_cast<bfloat16_t*>(block.rope), TileLayout<bfloat16_t>{}, q.rope, 0);
       return;
     }
-    Fp8ScoresMma mma;
+    RegisterMma<E4M3, 64> mma;
     mma.accumulate_ = GMMA::ScaleOut::Zero;
-    multiply(mma, reinterpret_cast<E4M3*>(block.latent[batch]), Fp8KeyLayout{}, q.pieces,
-             batch * 4);
+    multiply(mma, reinterpret_cast<E4M3*>(block.latent[batch]),
+             OperandLayout<WideRows<E4M3>, _64>{}, q.pieces, batch * 4);
     if (!kBlocks && batch + 1 == kBatches) {
-      multiply(mma, reinterpret_cast<E4M3*>(block.rope), Fp8RopeLayout{}, q.pieces, kFp8Tiles * 4);
+      multiply(mma, reinterpret_cast<E4M3*>(block.rope), OperandLayout<ShortRows, _64>{}, q.pieces,
+               kFp8Tiles * 4);
     }
   }
 
   // The low pieces go first: what is lost of sums is a share of what they are by then.
   __device__ __forceinline__ void issue_shared(Block& block, int batch, Sums& to) {
-    const auto multiply = [&](auto& mma, auto* queries, auto* keys,
-                              auto layout) __attribute__((always_inline)) {
-      const auto slice = mma.get_slice(0);
-      Tensor a = slice.partition_fragment_A(make_tensor(make_smem_ptr(queries), layout));
-      Tensor b = slice.partition_fragment_B(make_tensor(make_smem_ptr(keys), layout));
-#pragma unroll
-      for (int step = 0; step < size<2>(b); ++step) {
-        cute::gemm(mma, a(_, _, step), b(_, _, step), to);
-        mma.accumulate_ = GMMA::ScaleOut::One;
-      }
-    };
     if (kBlocks && batch == kFp8Tiles) {
-      SharedRopeScoresMma mma;
+      SharedMma<bfloat16_t, 64> mma;
       mma.accumulate_ = GMMA::ScaleOut::Zero;
-      multiply(mma, reinterpret_cast<bfloat16_t*>(smem.q.rope[0]),
-               reinterpret_cast<bfloat16_t*>(block.rope), TileLayout<bfloat16_t>{});
+      multiply_shared<WideRows<bfloat16_t>>(mma, smem.q.rope[0], block.rope, to);
       return;
     }
-    SharedFp8ScoresMma mma;
+    SharedMma<E4M3, 64> mma;
     mma.accumulate_ = GMMA::ScaleOut::Zero;
 #pragma unroll
     for (int piece = kPieces - 1; piece >= 0; --piece) {
-      multiply(mma, reinterpret_cast<E4M3*>(smem.q.latent[piece][batch]),
-               reinterpret_cast<E4M3*>(block.latent[batch]), Fp8KeyLayout{});
+      multiply_shared<WideRows<E4M3>>(mma, smem.q.latent[piece][batch], block.latent[batch], to);
       if (!kBlocks && batch + 1 == kBatches) {
-        multiply(mma, reinterpret_cast<E4M3*>(smem.q.rope[piece]),
-                 reinterpret_cast<E4M3*>(block.rope), Fp8RopeLayout{});
+        multiply_shared<ShortRows>(mma, smem.q.rope[piece], block.rope, to);
       }
     }
   }

@@ -56,6 +56,25 @@ __device__ __forceinline__ uint32_t largest_of(uint32_t largest, uint2 four) {
   return __vmaxu2(largest, top);
 }
 
+// The power of two for a row, by the largest of its magnitudes: each of `kLanes` neighbouring lanes
+// knows two.
+template <int kLanes, typename Element>
+__device__ __forceinline__ Scaling scaling_of(uint32_t largest) {
+  largest = max(largest & 0xffff, largest >> 16);
+#pragma unroll
+  for (int by = 1; by < kLanes; by *= 2) {
+    largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, by));
+  }
+  return Scaling(as_float<Element>(largest));
+}
+
+template <bool kTimes32, typename Element>
+__device__ __forceinline__ Pieces pieces_of(const Scaling& scaling, uint2 four) {
+  const auto scaled = [&](uint32_t bits) { return scaling.apply(as_float<Element>(bits)); };
+  return split<kTimes32>(scaled(four.x & 0xffff), scaled(four.x >> 16), scaled(four.y & 0xffff),
+                         scaled(four.y >> 16));
+}
+
 // Two queries as bfloat16: eight bits, as many as pieces have.
 template <typename Element>
 __device__ __forceinline__ uint32_t as_bfloat16(uint32_t pair) {
@@ -83,16 +102,10 @@ __device__ __forceinline__ float read_queries(const KernelParams& p, const Work&
   uint32_t largest = 0;
 #pragma unroll
   for (int i = 0; i < kFours; ++i) largest = largest_of(largest, from.four(i * 16));
-  largest = max(largest & 0xffff, largest >> 16);
-  largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-  largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
-  const Scaling scaling(as_float<Element>(largest));
-  const auto scaled = [&](uint32_t bits) { return scaling.apply(as_float<Element>(bits)); };
+  const auto scaling = scaling_of<4, Element>(largest);
 #pragma unroll
   for (int i = 0; i < kFours; ++i) {
-    const uint2 four = from.four(i * 16);
-    store(i, split<kTimes32>(scaled(four.x & 0xffff), scaled(four.x >> 16), scaled(four.y & 0xffff),
-                             scaled(four.y >> 16)));
+    store(i, pieces_of<kTimes32, Element>(scaling, from.four(i * 16)));
   }
   if constexpr (kBlocks) {
 #pragma unroll
@@ -205,21 +218,13 @@ struct QueryVectors {
       largest = largest_of(largest, {vectors[i].x, vectors[i].y});
       largest = largest_of(largest, {vectors[i].z, vectors[i].w});
     }
-    largest = max(largest & 0xffff, largest >> 16);
-#pragma unroll
-    for (int by = 1; by < kLanes; by *= 2) {
-      largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, by));
-    }
-    const Scaling scaling(as_float<Element>(largest));
+    const auto scaling = scaling_of<kLanes, Element>(largest);
     if (lane == 0) q.scale[row_slot<kNarrowRows>(row)] = scaling.inverse;
-    const auto pieces_of = [&](uint32_t x, uint32_t y) {
-      const auto scaled = [&](uint32_t bits) { return scaling.apply(as_float<Element>(bits)); };
-      return split<true>(scaled(x & 0xffff), scaled(x >> 16), scaled(y & 0xffff), scaled(y >> 16));
-    };
 #pragma unroll
     for (int i = 0; i < kSplit; ++i) {
-      const Pieces first = pieces_of(vectors[i].x, vectors[i].y);
-      const Pieces second = pieces_of(vectors[i].z, vectors[i].w);
+      const uint4 x = vectors[i];
+      const auto first = pieces_of<true, Element>(scaling, {x.x, x.y});
+      const auto second = pieces_of<true, Element>(scaling, {x.z, x.w});
       const uint2 of_piece[kPieces] = {{first.high, second.high}, {first.low, second.low}};
 #pragma unroll
       for (int piece = 0; piece < kPieces; ++piece) {

@@ -152,7 +152,7 @@ __device__ __forceinline__ void run_fp8_scores(const KernelParams& p,
             factors.rescale[at] = rescale[i];
             if (last) {
               const float values = kBlocks ? 1 : p.k_scale[work.group];
-              factors.inverse[at] = total == 0 ? 0 : __fdividef(values, total);
+              factors.inverse[at] = over_total(total, values);
             }
           }
         }
@@ -187,8 +187,7 @@ __device__ __forceinline__ void run_fp8_scores(const KernelParams& p,
       const float total = reduce_quad(sum[i], plus);
       const int row = work.tile * kRows + writer.row() + i * 8;
       if (writer.lane % 4 == 0 && row < p.num_rows() && done.slot != Item::kEmpty) {
-        const float lse = total == 0 ? -INFINITY : base[i] + __log2f(total);
-        *lse_target(p, work, done, row) = stored_lse(done, lse);
+        *lse_target(p, work, done, row) = stored_lse(done, log_sum_exp(base[i], total));
       }
     }
   }

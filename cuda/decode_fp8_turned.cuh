@@ -8,12 +8,8 @@
 namespace jax_flashmla {
 
 inline constexpr int kTurnedColumns = kPieces * kNarrowRows;
-using TurnedMma = decltype(make_tiled_mma(
-    GMMA::ss_op_selector<E4M3, E4M3, float, Shape<_64, Int<kTurnedColumns>, _32>, GMMA::Major::K,
-                         GMMA::Major::K>()));
-using TurnedRopeMma = decltype(make_tiled_mma(
-    GMMA::ss_op_selector<bfloat16_t, bfloat16_t, float, Shape<_64, Int<kNarrowRows>, _16>,
-                         GMMA::Major::K, GMMA::Major::K>()));
+using TurnedMma = SharedMma<E4M3, kTurnedColumns>;
+using TurnedRopeMma = SharedMma<bfloat16_t, kNarrowRows>;
 
 // Which of the threads that compute scores this is. Of a block it has two keys, eight apart, of two
 // query rows of every eight.
@@ -54,16 +50,15 @@ struct TurnedScores {
     for (int tile = 0; tile < kFp8Tiles; ++tile) {
       TurnedMma mma;
       mma.accumulate_ = GMMA::ScaleOut::Zero;
-      multiply<GMMA::Layout_K_SW128_Atom<E4M3>>(mma, block.latent[tile], smem.q.latent[tile],
-                                                sums[tile]);
+      multiply_shared<WideRows<E4M3>>(mma, block.latent[tile], smem.q.latent[tile], sums[tile]);
       if (!kBlocks && tile + 1 == kFp8Tiles) {
-        multiply<GMMA::Layout_K_SW64_Atom<E4M3>>(mma, block.rope, smem.q.rope, sums[tile]);
+        multiply_shared<ShortRows>(mma, block.rope, smem.q.rope, sums[tile]);
       }
     }
     if constexpr (kBlocks) {
       TurnedRopeMma mma;
       mma.accumulate_ = GMMA::ScaleOut::Zero;
-      multiply<GMMA::Layout_K_SW128_Atom<bfloat16_t>>(mma, block.rope, smem.q.rope, rope);
+      multiply_shared<WideRows<bfloat16_t>>(mma, block.rope, smem.q.rope, rope);
     }
     warpgroup_commit_batch();
   }
@@ -100,26 +95,6 @@ struct TurnedScores {
 #pragma unroll
     for (auto& of_tile : sums) warpgroup_fence_operand(of_tile);
     if constexpr (kBlocks) warpgroup_fence_operand(rope);
-  }
-
-  // 64 keys with queries, over as many columns as a swizzled row has.
-  template <typename Atom, typename Mma, typename Sums>
-  static __device__ __forceinline__ void multiply(Mma& mma, uint8_t* keys, uint8_t* queries,
-                                                  Sums& to) {
-    using Element = typename Mma::ValTypeA;
-    using Row = decltype(size<1>(Atom{}));
-    using Keys = decltype(tile_to_shape(Atom{}, Shape<_64, Row>{}));
-    using Queries = decltype(tile_to_shape(Atom{}, make_shape(tile_size<1>(Mma{}), Row{})));
-    const auto slice = mma.get_slice(0);
-    Tensor a = slice.partition_fragment_A(
-        make_tensor(make_smem_ptr(reinterpret_cast<Element*>(keys)), Keys{}));
-    Tensor b = slice.partition_fragment_B(
-        make_tensor(make_smem_ptr(reinterpret_cast<Element*>(queries)), Queries{}));
-#pragma unroll
-    for (int step = 0; step < size<2>(b); ++step) {
-      cute::gemm(mma, a(_, _, step), b(_, _, step), to);
-      mma.accumulate_ = GMMA::ScaleOut::One;
-    }
   }
 };
 
@@ -278,7 +253,7 @@ __device__ __forceinline__ void run_turned_scores(const KernelParams& p,
             alignas(16) float inverse[kTurnedRows];
 #pragma unroll
             for (int i = 0; i < kTurnedRows; ++i) {
-              inverse[i] = sum[i] == 0 ? 0 : __fdividef(values, sum[i]);
+              inverse[i] = over_total(sum[i], values);
             }
             now.of_rows(factors.inverse) = reinterpret_cast<const float4&>(inverse);
           }
@@ -331,8 +306,7 @@ __device__ __forceinline__ void run_turned_scores(const KernelParams& p,
       for (int i = 0; i < kTurnedRows; ++i) {
         const int row = work.tile * kNarrowRows + now.row(i);
         if (row >= p.num_rows()) continue;
-        const float lse = sum[i] == 0 ? -INFINITY : base[i] + __log2f(sum[i]);
-        *lse_target(p, work, item, row) = stored_lse(item, lse);
+        *lse_target(p, work, item, row) = stored_lse(item, log_sum_exp(base[i], sum[i]));
       }
     }
   }

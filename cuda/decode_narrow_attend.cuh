@@ -187,7 +187,7 @@ __device__ __forceinline__ void attend(const KernelParams& p, NarrowMemory<Eleme
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           sum[i] = reduce_quad(sum[i], add);
-          inverse[i] = sum[i] == 0 ? 0 : __fdividef(1.0f, sum[i]);
+          inverse[i] = over_total(sum[i]);
         }
       }
       if constexpr (kSource == Source::kPages) {
@@ -201,9 +201,7 @@ __device__ __forceinline__ void attend(const KernelParams& p, NarrowMemory<Eleme
                              [&](int i) { return out[i]; });
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (lse[i] == nullptr) continue;
-      const float value = sum[i] == 0 ? -INFINITY : max[i] + __log2f(sum[i]);
-      *lse[i] = stored_lse(item, value);
+      if (lse[i] != nullptr) *lse[i] = stored_lse(item, log_sum_exp(max[i], sum[i]));
     }
   }
 }

@@ -259,9 +259,7 @@ __device__ __forceinline__ void run_scores(const KernelParams& p, SharedMemory<E
           if (writer) smem.factor[rope.slot][rows.row(i)] = block == item.first ? 1 : factor[i];
           if (last) {
             total[i] = reduce_quad(stats.sum[i], [](float x, float y) { return x + y; });
-            if (writer) {
-              smem.inverse[rope.slot][rows.row(i)] = total[i] == 0 ? 0 : __fdividef(1.0f, total[i]);
-            }
+            if (writer) smem.inverse[rope.slot][rows.row(i)] = over_total(total[i]);
           }
         }
         cutlass::arch::fence_view_async_shared();
@@ -282,7 +280,7 @@ __device__ __forceinline__ void run_scores(const KernelParams& p, SharedMemory<E
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float lse = total[i] == 0 ? -INFINITY : stats.max[i] + __log2f(total[i]);
+      const float lse = log_sum_exp(stats.max[i], total[i]);
       if (writer) write_lse(p, work, item, work.tile * kRowTile + rows.row(i), lse);
     }
   }

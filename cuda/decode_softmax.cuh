@@ -65,6 +65,16 @@ __device__ __forceinline__ float* lse_target(const KernelParams& p, const Work& 
   return p.lse + row_head * p.s_q + token;
 }
 
+// Of weights that are relative to `base` and have the sum `total`, base 2.
+__device__ __forceinline__ float log_sum_exp(float base, float total) {
+  return total == 0 ? -INFINITY : base + __log2f(total);
+}
+
+// What results are to be multiplied with: `numerator` over the sum of their weights.
+__device__ __forceinline__ float over_total(float total, float numerator = 1) {
+  return total == 0 ? 0 : __fdividef(numerator, total);
+}
+
 // A log-sum-exp of base 2 as its target has it.
 __device__ __forceinline__ float stored_lse(const Item& item, float lse) {
   return item.slot < 0 ? lse * kLn2 : lse;
