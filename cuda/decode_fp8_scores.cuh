@@ -45,6 +45,14 @@ __device__ __forceinline__ void clear_keys(Block& block, int begin, int end, int
   }
 }
 
+// Those of a block.
+template <typename Block>
+__device__ __forceinline__ void clear_unseen(Block& block, const BlockView<true>& view,
+                                             int thread) {
+  if (view.unseen > 0) clear_keys(block, 0, view.unseen, thread);
+  if (view.left < kBlock) clear_keys(block, view.left, kBlock, thread);
+}
+
 // Caps a row's scores, brings them to base 2 and masks those that it may not see. `key(i)`: which
 // key of the block score `i` is of.
 template <int kCount, typename Key>
@@ -114,10 +122,8 @@ __device__ __forceinline__ void run_fp8_scores(const KernelParams& p,
             to_base_2[i] = 1;
           }
         }
-        if (kSource == Source::kPages && !view.whole) {  // row by row they come as zeros
-          if (view.unseen > 0) clear_keys(keys, 0, view.unseen, thread);
-          if (view.left < kBlock) clear_keys(keys, view.left, kBlock, thread);
-        }
+        // Row by row they come as zeros.
+        if (kSource == Source::kPages && !view.whole) clear_unseen(keys, view, thread);
         bool rescaled = false;
         float rescale[kOfThread];
 #pragma unroll

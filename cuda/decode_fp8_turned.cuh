@@ -212,10 +212,7 @@ __device__ __forceinline__ void run_turned_scores(const KernelParams& p,
           }
           above = above || fmaxf(scores[i][0], scores[i][1]) * to_base_2[i] > base[i] + kMaxLag;
         }
-        if (!view.whole) {
-          if (view.unseen > 0) clear_keys(keys, 0, view.unseen, thread);
-          if (view.left < kBlock) clear_keys(keys, view.left, kBlock, thread);
-        }
+        if (!view.whole) clear_unseen(keys, view, thread);
         bool rescaled = false;
         alignas(16) float rescale[kTurnedRows] = {1, 1, 1, 1};
         if (any_of_scores(above)) {  // nearly always the maximum before is still good
