@@ -40,7 +40,7 @@ def time_in_graph(lengths, num_sms):
     return native.module.bench.time_plan(
         lengths,
         num_parts=planner.num_sm_parts(16, 1, num_sms),
-        overhead_blocks=planner.OVERHEAD_BLOCKS,
+        overhead_blocks=planner.overhead_blocks(16),
         min_split_blocks=planner.min_split_blocks(16),
         split_cost_blocks=planner.SPLIT_COST_BLOCKS,
         launches=LAUNCHES,

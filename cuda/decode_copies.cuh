@@ -21,6 +21,19 @@ __device__ __forceinline__ void load_box(const CUtensorMap* map, FullBarrier& ba
   }
 }
 
+// Copies bytes that lie together, whole 16 of them.
+__device__ __forceinline__ void copy_bytes(const void* from, FullBarrier& barrier, void* target,
+                                           uint32_t bytes) {
+  constexpr auto kHint = static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_FIRST);
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1], %2, [%3], %4;"
+      :
+      : "r"(cast_smem_ptr_to_uint(target)), "l"(from), "r"(bytes),
+        "r"(cast_smem_ptr_to_uint(&barrier)), "l"(kHint)
+      : "memory");
+}
+
 // What the table has for a block of a sequence, or, where pages are small, for a part of it; for
 // `check_page`, since it has not arrived when this returns.
 template <int kParts>

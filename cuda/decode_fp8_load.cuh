@@ -24,10 +24,9 @@ struct ScalePreparer {
   template <typename Memory, int kSlots>
   __device__ __forceinline__ void prepare(const KernelParams& p, const Item& item, int number,
                                           Memory& smem, const Ring<kSlots>& slot) {
-    auto& block = smem.blocks[slot.slot];
     smem.full[slot.slot].wait(slot.parity);
     __syncwarp();
-    write(p, item.length - number * kBlock, block.latent, smem.scales[slot.slot]);
+    write(p, item.length - number * kBlock, smem, slot.slot);
     smem.scales_full[slot.slot].arrive();
   }
 
@@ -37,17 +36,17 @@ struct ScalePreparer {
   static constexpr uint32_t kNone = 0x7fffffff;
 
   // `left`: keys from the block's first on.
-  template <typename Scales>
-  __device__ __forceinline__ void write(const KernelParams& p, int left,
-                                        const uint8_t (&latent)[kFp8Tiles][kTileBytes],
-                                        Scales& scales) {
+  template <typename Memory>
+  __device__ __forceinline__ void write(const KernelParams& p, int left, Memory& smem, int slot) {
+    auto& scales = smem.scales[slot];
     const int lane = GatherThread().lane;
     float scale[2][kTiles];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int from_key = left - lane * 2 - i;
       const bool seen = from_key > 0 && from_key <= p.most_hidden + p.window;
-      const float2 two = *reinterpret_cast<const float2*>(&scales.raw[lane * 2 + i][first_tile]);
+      const float* const raw = smem.raw_scales(slot, lane * 2 + i) + first_tile;
+      const float2 two = *reinterpret_cast<const float2*>(raw);
       scale[i][0] = seen ? two.x : 0, scale[i][1] = seen ? two.y : 0;
     }
     uint32_t most_of_mine = 0;
@@ -66,8 +65,8 @@ struct ScalePreparer {
         // A row of zeros may have any scale, and is not to push those of others out of range.
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const uint8_t* const row = latent[first_tile + tile] + (lane * 2 + i) * 128;
-          if (bits(scale[i][tile]) > high[tile] && is_zero(row)) scale[i][tile] = 0;
+          const uint8_t* const line = smem.blocks[slot].line(first_tile + tile, lane * 2 + i);
+          if (bits(scale[i][tile]) > high[tile] && is_zero(line)) scale[i][tile] = 0;
         }
         __syncwarp();
         const uint32_t most = find_most(scale[0][tile], scale[1][tile]);
@@ -77,7 +76,7 @@ struct ScalePreparer {
     const float rebase = follow(most_of_mine);
     __syncwarp();
     const float inverse_of_mine = __int_as_float((254 << 23) - __float_as_int(base));
-    if constexpr (std::is_same_v<Scales, TurnedScales>) {
+    if constexpr (smem.kWholeRows) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         reinterpret_cast<float2&>(scales.of_keys[lane * 2 + i][first_tile]) = {scale[i][0],
@@ -127,17 +126,46 @@ struct ScalePreparer {
     return __reduce_min_sync(0xffffffffu, min(of_x, of_y));
   }
 
-  // Of a row of a tile: swizzling permutes vectors inside it.
-  static __device__ __forceinline__ bool is_zero(const uint8_t* row) {
+  // Of 128 bytes.
+  static __device__ __forceinline__ bool is_zero(const uint8_t* line) {
     uint32_t any = 0;
 #pragma unroll 1
     for (int i = 0; i < 128; i += 16) {
-      const uint4 four = *reinterpret_cast<const uint4*>(row + i);
+      const uint4 four = *reinterpret_cast<const uint4*>(line + i);
       any |= four.x | four.y | four.z | four.w;
     }
     return (any & 0x7f7f7f7fu) == 0;
   }
 };
+
+// Has the copy engine bring a block. Of a page that does not exist a tensor map gives zeros.
+template <int kRows, KeyFormat kFormat>
+__device__ __forceinline__ void copy_block(const KernelParams& p, const Fp8TensorMaps& maps,
+                                           Fp8Memory<kRows, kFormat>& smem, int slot, int page,
+                                           int row) {
+  auto& block = smem.blocks[slot];
+  FullBarrier& full = smem.full[slot];
+  const int head = smem.work.head;
+  if constexpr (smem.kWholeRows) {
+    full.arrive_and_expect_tx(sizeof(block));
+    if (p.row_bytes == kFp8BlockBytes && page >= 0) {
+      const int64_t first = static_cast<int64_t>(page) * p.page_tokens + row;
+      copy_bytes(static_cast<const char*>(p.k_cache) + first * kFp8BlockBytes, full, block.rows,
+                 sizeof(block));
+    } else {
+      load_box<1>(&maps.rows, full, block.rows, 0, head, page, row);
+    }
+  } else {
+    constexpr uint32_t kBytes = sizeof(block.latent) + sizeof(block.rope);
+    full.arrive_and_expect_tx(kBytes + (smem.kBlocks ? kBlock * kScaleBytes : 0));
+    // Scales first: they are what is to be prepared before others can use the block.
+    if constexpr (smem.kBlocks) {
+      load_box<1>(&maps.scales, full, smem.scales[slot].raw, 0, head, page, row);
+    }
+    load_box<1>(&maps.latent, full, block.latent, 0, head, page, row);
+    load_box<1>(&maps.rope, full, block.rope, 0, head, page, row);
+  }
+}
 
 // A thread has the copy engine bring all blocks, in the order of their use.
 template <int kRows, KeyFormat kFormat>
@@ -151,21 +179,10 @@ __device__ __forceinline__ void copy_blocks(const KernelParams& p, const Fp8Tens
     int next = load_page<1>(p, work, seq, item.first);
 #pragma unroll 1
     for (int number = item.first; number < item.last; ++number, slot.advance()) {
-      auto& block = smem.blocks[slot.slot];
       const int page = check_page(p, work, next);
-      const int row = block_in_page(p, number) * kBlock;
       next = load_page<1>(p, work, seq, number + 1);
-      FullBarrier& full = smem.full[slot.slot];
       smem.empty[slot.slot].wait(slot.parity ^ 1);
-      uint32_t bytes = sizeof(block.latent) + sizeof(block.rope);
-      if constexpr (smem.kBlocks) bytes += sizeof(BlockScales::raw);
-      full.arrive_and_expect_tx(bytes);
-      // Scales first: they are what is to be prepared before others can use the block.
-      if constexpr (smem.kBlocks) {
-        load_box<1>(&maps.scales, full, smem.scales[slot.slot].raw, 0, work.head, page, row);
-      }
-      load_box<1>(&maps.latent, full, block.latent, 0, work.head, page, row);
-      load_box<1>(&maps.rope, full, block.rope, 0, work.head, page, row);
+      copy_block(p, maps, smem, slot.slot, page, block_in_page(p, number) * kBlock);
     }
   }
 }
@@ -222,7 +239,7 @@ __device__ __forceinline__ void gather(const KernelParams& p, Fp8Memory<kRows, k
         smem.empty[slot.slot].wait(slot.parity ^ 1);
         gather_tiles(p, work, smem.rows, block.latent[0], kFp8Tiles, 0);
         constexpr int kRope = kLatentDim + (smem.kBlocks ? kScaleBytes : 0);
-        gather_tiles<1, smem.kRopeBytes / kBlock / 16>(p, work, smem.rows, block.rope, 1, kRope);
+        gather_tiles<1, sizeof(block.rope) / kBlock / 16>(p, work, smem.rows, block.rope, 1, kRope);
         if constexpr (smem.kBlocks) {
           gather_tiles<1, 1>(p, work, smem.rows, smem.scales[slot.slot].raw, 1, kLatentDim);
         }

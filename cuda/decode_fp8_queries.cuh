@@ -57,15 +57,19 @@ __device__ __forceinline__ uint32_t largest_of(uint32_t largest, uint2 four) {
 }
 
 // The power of two for a row, by the largest of its magnitudes: each of `kLanes` neighbouring lanes
-// knows two.
-template <int kLanes, typename Element>
-__device__ __forceinline__ Scaling scaling_of(uint32_t largest) {
+// knows two. A cache's one scale is in it, so that what scores are multiplied with is never
+// negative.
+template <int kLanes, bool kBlocks, typename Element>
+__device__ __forceinline__ Scaling scaling_of(const KernelParams& p, const Work& work,
+                                              uint32_t largest) {
   largest = max(largest & 0xffff, largest >> 16);
 #pragma unroll
   for (int by = 1; by < kLanes; by *= 2) {
     largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, by));
   }
-  return Scaling(as_float<Element>(largest));
+  Scaling scaling(as_float<Element>(largest));
+  if constexpr (!kBlocks) scaling.include(p.k_scale[work.group]);
+  return scaling;
 }
 
 template <bool kTimes32, typename Element>
@@ -102,7 +106,7 @@ __device__ __forceinline__ float read_queries(const KernelParams& p, const Work&
   uint32_t largest = 0;
 #pragma unroll
   for (int i = 0; i < kFours; ++i) largest = largest_of(largest, from.four(i * 16));
-  const auto scaling = scaling_of<4, Element>(largest);
+  const auto scaling = scaling_of<4, kBlocks, Element>(p, work, largest);
 #pragma unroll
   for (int i = 0; i < kFours; ++i) {
     store(i, pieces_of<kTimes32, Element>(scaling, from.four(i * 16)));
@@ -199,9 +203,9 @@ struct QueryVectors {
     if (row >= p.num_rows()) return;
     const int64_t index = query_index(p, work, seq, row);
     const auto* const nope = reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(p.q_nope) +
-                                                            index * p.q_nope_stride);
+                                                            index * wide(p.q_nope_stride));
     const auto* const rope = reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(p.q_rope) +
-                                                            index * p.q_rope_stride);
+                                                            index * wide(p.q_rope_stride));
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       vectors[i] = i < kOfLatent ? nope[i * kLanes + lane] : rope[(i - kOfLatent) * kLanes + lane];
@@ -209,7 +213,8 @@ struct QueryVectors {
   }
 
   // Writes them as pieces; the rotary ones of fp8_block as they are.
-  __device__ __forceinline__ void store(TurnedQueries<kBlocks>& q, int thread) const {
+  __device__ __forceinline__ void store(const KernelParams& p, const Work& work,
+                                        TurnedQueries<kBlocks>& q, int thread) const {
     const int row = thread / kLanes, lane = thread % kLanes;
     constexpr int kSplit = kBlocks ? kOfLatent : kVectors;  // vectors that become pieces
     uint32_t largest = 0;
@@ -218,7 +223,7 @@ struct QueryVectors {
       largest = largest_of(largest, {vectors[i].x, vectors[i].y});
       largest = largest_of(largest, {vectors[i].z, vectors[i].w});
     }
-    const auto scaling = scaling_of<kLanes, Element>(largest);
+    const auto scaling = scaling_of<kLanes, kBlocks, Element>(p, work, largest);
     if (lane == 0) q.scale[row_slot<kNarrowRows>(row)] = scaling.inverse;
 #pragma unroll
     for (int i = 0; i < kSplit; ++i) {

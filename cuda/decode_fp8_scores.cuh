@@ -36,21 +36,14 @@ __device__ __forceinline__ float over_all(const float (&x)[16], const Combine& c
 
 // Zeroes values that no row sees, since they may be NaN: 0 * NaN would reach the output.
 template <typename Block>
-__device__ __forceinline__ void clear_keys(Block& block, int begin, int end, int thread) {
+__device__ __forceinline__ void clear_unseen(Block& block, const BlockView<true>& view) {
+  const ThreadNow now;
 #pragma unroll 1
-  for (int i = thread; i < (end - begin) * (kLatentDim / 16); i += kWarpgroup) {
-    const int row = begin + i / (kLatentDim / 16);
-    // Swizzling permutes vectors inside a row of a tile: all of them are cleared.
-    vector_at(block.latent[i / 8 % kFp8Tiles], row, i % 8) = uint128_t{};
+  for (int i = now.warp * 32 + now.lane; i < kBlock * (kLatentDim / 16); i += kWarpgroup) {
+    const int row = i / (kLatentDim / 16);
+    const bool seen = row >= view.unseen && row < view.left;
+    if (!seen) block.vector(i / 8 % kFp8Tiles, row, i % 8) = uint128_t{};
   }
-}
-
-// Those of a block.
-template <typename Block>
-__device__ __forceinline__ void clear_unseen(Block& block, const BlockView<true>& view,
-                                             int thread) {
-  if (view.unseen > 0) clear_keys(block, 0, view.unseen, thread);
-  if (view.left < kBlock) clear_keys(block, view.left, kBlock, thread);
 }
 
 // Caps a row's scores, brings them to base 2 and masks those that it may not see. `key(i)`: which
@@ -77,6 +70,8 @@ template <int kRows>
 struct ScoresThread : ThreadNow {
   // The first of its query rows; others are eight further.
   __device__ __forceinline__ int row() const { return warp * kWarpRows + lane / 4; }
+  // Of its keys.
+  __device__ __forceinline__ int key(int i) const { return i / 2 * 8 + lane % 4 * 2 + i % 2; }
   static constexpr int kWarpRows = kThreadRows<kRows> * 8;
 };
 
@@ -100,10 +95,6 @@ __device__ __forceinline__ void run_fp8_scores(const KernelParams& p,
     if (item.blocks() > 0) {
       Fp8Queries<kRows, kFormat> q;
       read_item_queries<kFormat, Element>(p, work, seq, work.tile * kRows, thread, q, smem);
-      if constexpr (!kBlocks) {
-#pragma unroll
-        for (float& scale : q.scale) scale *= p.k_scale[work.group];
-      }
       Fp8Scores<kRows, kFormat> products(q, smem);
       const auto attend = [&](int block, auto& keys, auto& scores,
                               bool last) __attribute__((always_inline)) {
@@ -114,16 +105,16 @@ __device__ __forceinline__ void run_fp8_scores(const KernelParams& p,
           const float scale = kBlocks ? 1 : q.scale[i];
           to_base_2[i] = scale * p.score_scale;
           // Below, the largest score is taken for the largest of base 2.
-          if (!view.whole || p.cap_scale != 0 || !(to_base_2[i] > 0)) {
-            const int row = work.tile * kRows + ScoresThread<kRows>().row() + i * 8;
+          if (!view.whole || p.cap_scale != 0 || !(p.score_scale > 0)) {
+            const ScoresThread<kRows> now;
+            const int row = work.tile * kRows + now.row() + i * 8;
             const int hidden = hidden_keys(p, p.by_heads_per_kv.div(row));
-            finish_scores(p, view, hidden, scale, scores[i],
-                          [](int j) { return j / 2 * 8 + threadIdx.x % 4 * 2 + j % 2; });
+            finish_scores(p, view, hidden, scale, scores[i], [&](int j) { return now.key(j); });
             to_base_2[i] = 1;
           }
         }
         // Row by row they come as zeros.
-        if (kSource == Source::kPages && !view.whole) clear_unseen(keys, view, thread);
+        if (kSource == Source::kPages && !view.whole) clear_unseen(keys, view);
         bool rescaled = false;
         float rescale[kOfThread];
 #pragma unroll

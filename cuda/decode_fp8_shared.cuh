@@ -35,10 +35,9 @@ inline constexpr int kPieces = 2;
 inline constexpr float kLowPiece = 1.0f / 32;
 static_assert(kPieces * kFp8FewRows == 64 && kRowTile == 64, "the rows of a warpgroup's product");
 
-// The scales of a block of fp8_block: as they come, and tile by tile as they are used. Those of a
-// key that no query sees, and of rows of zeros where they are far from others, become zero.
+// The scales of a block of fp8_block, tile by tile as they are used. Those of a key that no query
+// sees, and of rows of zeros where they are far from others, become zero.
 struct alignas(128) BlockScales {
-  float raw[kBlock][kFp8Tiles];
   // Values and weights are 16-bit floats, which have no room for what scales can be: they meet them
   // over a power of two that follows the largest.
   float base[kFp8Tiles];
@@ -46,6 +45,7 @@ struct alignas(128) BlockScales {
   float rebase[kFp8Tiles];   // what the output so far is to be multiplied with
 };
 struct StraightScales : BlockScales {
+  alignas(128) float raw[kBlock][kFp8Tiles];   // as they come
   float of_keys[kFp8Tiles][4 * kScaleStride];  // in the order of `scale_slot`
   // For the values, of two neighbouring keys over `base`, in the order of `pair_slot`.
   uint32_t pairs[kFp8Tiles][kBlock / 2];
@@ -54,6 +54,37 @@ struct TurnedScales : BlockScales {
   alignas(16) float of_keys[kBlock][kFp8Tiles];
 };
 struct NoScales {};
+
+// A block of keys in tiles of 128 bytes a row, swizzled, as operands of the tensor cores.
+template <bool kBlocks>
+struct alignas(1024) TiledBlock {
+  uint8_t latent[kFp8Tiles][kTileBytes];
+  uint8_t rope[kBlocks ? kTileBytes : kTileBytes / 2];  // 64 e4m3 or bfloat16 values a row
+
+  // Of a tile's columns, 16 bytes of a row.
+  __device__ __forceinline__ uint128_t& vector(int tile, int row, int vector) {
+    return vector_at(latent[tile], row, vector);
+  }
+  // The 128 of a row, in some order.
+  __device__ __forceinline__ const uint8_t* line(int tile, int row) const {
+    return latent[tile] + row * 128;
+  }
+};
+// The same of fp8_block as it is in memory, for keys that reach the tensor cores through registers.
+// The copy engine has less to do: of tiles, rows of 656 bytes share sectors of memory, 32 bytes,
+// that it brings twice. Matrices of eight rows do not meet in banks: 656 is 16 more than whole
+// lines of them.
+struct alignas(128) RowsBlock {
+  uint8_t rows[kBlock][kFp8BlockBytes];
+
+  __device__ __forceinline__ uint128_t& vector(int tile, int row, int vector) {
+    return reinterpret_cast<uint128_t*>(rows[row])[tile * 8 + vector];
+  }
+  __device__ __forceinline__ const uint8_t* line(int tile, int row) const {
+    return rows[row] + tile * 128;
+  }
+};
+static_assert(kFp8BlockBytes % 128 == 16);
 
 // Queries as pieces, in the tiles of keys. The rotary columns of fp8_block are one.
 template <bool kBlocks>
@@ -81,7 +112,7 @@ inline constexpr bool kReaderFences = kRows != kRowTile;
 template <int kRows, KeyFormat kFormat>
 struct Fp8Memory {
   static constexpr bool kBlocks = kFormat == KeyFormat::kFp8Block;
-  static constexpr int kRopeBytes = kBlocks ? kTileBytes : kTileBytes / 2;
+  static constexpr bool kWholeRows = kTurned<kRows> && kBlocks;
   // Blocks of keys: as many as there is room for.
   static constexpr int kSlots = kRows == kRowTile ? 3 : kTurned<kRows> && kBlocks ? 4 : 5;
   // Few weights have the scales of fp8_block multiplied in, each tile's, so that values need not.
@@ -92,10 +123,7 @@ struct Fp8Memory {
   using Scales =
       std::conditional_t<!kBlocks, NoScales,
                          std::conditional_t<kTurned<kRows>, TurnedScales, StraightScales>>;
-  struct alignas(1024) Block {
-    uint8_t latent[kFp8Tiles][kTileBytes];
-    uint8_t rope[kRopeBytes];  // 64 e4m3 or bfloat16 values a row
-  };
+  using Block = std::conditional_t<kWholeRows, RowsBlock, TiledBlock<kBlocks>>;
   // Of a query row, in the order of `row_slot`.
   struct alignas(16) Factors {
     float rescale[kRows];  // of the output so far
@@ -116,6 +144,14 @@ struct Fp8Memory {
   EmptyBarrier weights_empty[2];
   EmptyBarrier work_known;  // `work` is there
 
+  // A key's scales, as they came.
+  __device__ __forceinline__ const float* raw_scales(int slot, int key) const {
+    if constexpr (kWholeRows) {
+      return reinterpret_cast<const float*>(blocks[slot].rows[key] + kLatentDim);
+    } else {
+      return scales[slot].raw[key];
+    }
+  }
   // Says that a block is there, scales included.
   __device__ __forceinline__ auto& ready(int slot) {
     if constexpr (kBlocks) {
@@ -190,6 +226,11 @@ struct Scaling {
   __device__ float apply(float number) const {
     const float x = number * factor;
     return x + (x - x);  // infinity, which no piece can be, becomes NaN
+  }
+  // Makes it one of numbers times `by`, whose sign goes to the pieces.
+  __device__ void include(float by) {
+    factor = copysignf(factor, by);
+    inverse *= fabsf(by);
   }
 };
 

@@ -1,6 +1,6 @@
 // The scores warpgroup of the split kernel for FP8 caches, of up to 16 query rows: S^T = K Q^T.
 // Both pieces of a query are columns of one product, none is padding, and a thread has few keys to
-// look scales up of.
+// look scales up of. Keys of fp8_block come through registers (see RowsBlock).
 #pragma once
 
 #include "cuda/decode_fp8_scores.cuh"
@@ -9,7 +9,6 @@ namespace jax_flashmla {
 
 inline constexpr int kTurnedColumns = kPieces * kNarrowRows;
 using TurnedMma = SharedMma<E4M3, kTurnedColumns>;
-using TurnedRopeMma = SharedMma<bfloat16_t, kNarrowRows>;
 
 // Which of the threads that compute scores this is. Of a block it has two keys, eight apart, of two
 // query rows of every eight.
@@ -29,7 +28,8 @@ static_assert(kTurnedRows == 4, "a vector");
 
 // The products of a block, a batch for each tile's columns: the tensor cores add e4m3 products up
 // with some 14 bits, so that not many should come together before they are added to a float32. All
-// of the next block are under way while the softmax of the one before runs.
+// of the next block, or the last two batches, are under way while the softmax of the one before
+// runs.
 template <KeyFormat kFormat>
 struct TurnedScores {
   static constexpr bool kBlocks = kFormat == KeyFormat::kFp8Block;
@@ -39,28 +39,18 @@ struct TurnedScores {
   Memory& smem;
   decltype(partition_fragment_C(TurnedMma{}, Shape<_64, Int<kTurnedColumns>>{})) sums[kFp8Tiles];
   // The rotary columns of fp8_block have no scale and another type.
-  decltype(partition_fragment_C(TurnedRopeMma{}, Shape<_64, Int<kNarrowRows>>{})) rope;
+  using RopeMma = RegisterMma<bfloat16_t, kNarrowRows>;
+  decltype(partition_fragment_C(RopeMma{}, Shape<_64, Int<kNarrowRows>>{})) rope;
 
   __device__ __forceinline__ explicit TurnedScores(Memory& smem) : smem(smem) {}
 
   __device__ __forceinline__ void issue(Block& block) {
     fence();
-    warpgroup_arrive();
-#pragma unroll
-    for (int tile = 0; tile < kFp8Tiles; ++tile) {
-      TurnedMma mma;
-      mma.accumulate_ = GMMA::ScaleOut::Zero;
-      multiply_shared<WideRows<E4M3>>(mma, block.latent[tile], smem.q.latent[tile], sums[tile]);
-      if (!kBlocks && tile + 1 == kFp8Tiles) {
-        multiply_shared<ShortRows>(mma, block.rope, smem.q.rope, sums[tile]);
-      }
-    }
     if constexpr (kBlocks) {
-      TurnedRopeMma mma;
-      mma.accumulate_ = GMMA::ScaleOut::Zero;
-      multiply_shared<WideRows<bfloat16_t>>(mma, block.rope, smem.q.rope, rope);
+      issue_registers(block);
+    } else {
+      issue_shared(block);
     }
-    warpgroup_commit_batch();
   }
 
   // Waits for all products and adds them up. `q_scale`: of pieces; `of_keys`: the keys' scales.
@@ -91,6 +81,69 @@ struct TurnedScores {
   }
 
  private:
+  __device__ __forceinline__ void issue_shared(Block& block) {
+    warpgroup_arrive();
+#pragma unroll
+    for (int tile = 0; tile < kFp8Tiles; ++tile) {
+      TurnedMma mma;
+      mma.accumulate_ = GMMA::ScaleOut::Zero;
+      multiply_shared<WideRows<E4M3>>(mma, block.latent[tile], smem.q.latent[tile], sums[tile]);
+      if (tile + 1 == kFp8Tiles) {
+        multiply_shared<ShortRows>(mma, block.rope, smem.q.rope, sums[tile]);
+      }
+    }
+    warpgroup_commit_batch();
+  }
+
+  __device__ __forceinline__ void issue_registers(Block& block) {
+    const TurnedThread now;
+    uint8_t* const line = block.rows[now.warp * 16 + now.lane % 16] + now.lane / 16 * 16;
+    uint32_t keys[2][16];  // of a batch: 128 bytes of a warp's 16 keys
+    const auto read = [&](int batch) __attribute__((always_inline)) {
+      // The rotary columns are behind the scales.
+      uint8_t* const from = line + batch * 128 + (batch == kFp8Tiles ? kScaleBytes : 0);
+#pragma unroll
+      for (int i = 0; i < 16; i += 4) {
+        auto& four = keys[batch % 2];
+        SM75_U32x4_LDSM_N::copy(*reinterpret_cast<uint128_t*>(from + i * 8), four[i], four[i + 1],
+                                four[i + 2], four[i + 3]);
+      }
+    };
+    read(0);
+#pragma unroll
+    for (int batch = 0; batch <= kFp8Tiles; ++batch) {
+      auto& mine = keys[batch % 2];
+      warpgroup_arrive();
+      if (batch < kFp8Tiles) {
+        multiply<RegisterMma<E4M3, kTurnedColumns>>(mine, smem.q.latent[batch], sums[batch]);
+      } else {
+        multiply<RopeMma>(mine, smem.q.rope, rope);
+      }
+      warpgroup_commit_batch();
+      if (batch == kFp8Tiles) break;
+      if (batch > 0) warpgroup_wait<1>();
+      read(batch + 1);
+    }
+  }
+
+  // Of 128 bytes of keys in registers.
+  template <typename Mma, typename Sums>
+  __device__ __forceinline__ void multiply(uint32_t (&keys)[16], uint8_t* queries, Sums& to) {
+    using Element = typename Mma::ValTypeA;
+    Mma mma;
+    mma.accumulate_ = GMMA::ScaleOut::Zero;
+    Tensor a = make_tensor(reinterpret_cast<Element*>(keys),
+                           Layout<Shape<Int<16 / sizeof(Element)>, _1, _4>>{});
+    Tensor b = mma.get_slice(0).partition_fragment_B(
+        make_tensor(make_smem_ptr(reinterpret_cast<Element*>(queries)),
+                    OperandLayout<WideRows<Element>, decltype(tile_size<1>(Mma{}))>{}));
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      cute::gemm(mma, a(_, _, step), b(_, _, step), to);
+      mma.accumulate_ = GMMA::ScaleOut::One;
+    }
+  }
+
   __device__ __forceinline__ void fence() {
 #pragma unroll
     for (auto& of_tile : sums) warpgroup_fence_operand(of_tile);
@@ -181,17 +234,13 @@ __device__ __forceinline__ void run_turned_scores(const KernelParams& p,
 #pragma unroll
     for (int i = 0; i < kTurnedRows; ++i) base[i] = -FLT_MAX, sum[i] = 0;
     sync_scores();  // nobody needs the queries before
-    queries.store(smem.q, thread);
+    queries.store(p, work, smem.q, thread);
     cutlass::arch::fence_view_async_shared();
     sync_scores();
     if (has_item(work, seq + 1)) queries.load(p, work, seq + 1, thread);
     if (item.blocks() > 0) {
       alignas(16) float q_scale[kTurnedRows];
       reinterpret_cast<float4&>(q_scale) = TurnedThread().of_rows(smem.q.scale);
-      if constexpr (!kBlocks) {
-#pragma unroll
-        for (float& scale : q_scale) scale *= p.k_scale[work.group];
-      }
       TurnedScores<kFormat> products(smem);
       const auto attend = [&](int block, auto& keys, auto& of_keys, auto& scores,
                               bool last) __attribute__((always_inline)) {
@@ -204,7 +253,7 @@ __device__ __forceinline__ void run_turned_scores(const KernelParams& p,
           const float scale = kBlocks ? 1 : q_scale[i];
           to_base_2[i] = scale * p.score_scale;
           // Below, the largest score is taken for the largest of base 2.
-          if (!view.whole || p.cap_scale != 0 || !(to_base_2[i] > 0)) {
+          if (!view.whole || p.cap_scale != 0 || !(p.score_scale > 0)) {
             const int row = work.tile * kNarrowRows + now.row(i);
             const int hidden = hidden_keys(p, p.by_heads_per_kv.div(row));
             finish_scores(p, view, hidden, scale, scores[i], [&](int key) { return now.key(key); });
@@ -212,7 +261,6 @@ __device__ __forceinline__ void run_turned_scores(const KernelParams& p,
           }
           above = above || fmaxf(scores[i][0], scores[i][1]) * to_base_2[i] > base[i] + kMaxLag;
         }
-        if (!view.whole) clear_unseen(keys, view, thread);
         bool rescaled = false;
         alignas(16) float rescale[kTurnedRows] = {1, 1, 1, 1};
         if (any_of_scores(above)) {  // nearly always the maximum before is still good
@@ -232,6 +280,7 @@ __device__ __forceinline__ void run_turned_scores(const KernelParams& p,
             rescaled = rescaled || !had_none;
           }
         }
+        if (!view.whole) clear_unseen(keys, view);  // all have met since they read keys
 #pragma unroll
         for (int i = 0; i < kTurnedRows; ++i) {
 #pragma unroll

@@ -59,13 +59,13 @@ __device__ __forceinline__ void widen(uint32_t x, uint32_t& lower, uint32_t& upp
 
 // 16 columns of a warp and `kKeys` keys, transposed as 16-bit pairs: a thread has two columns of
 // two keys of every eight.
-template <int kKeys>
-__device__ __forceinline__ void load_values(uint8_t* tile, int vector, int first_key, int lane,
-                                            uint32_t (&raw)[kKeys / 8]) {
+template <int kKeys, typename Block>
+__device__ __forceinline__ void load_values(Block& block, int tile, int vector, int first_key,
+                                            int lane, uint32_t (&raw)[kKeys / 8]) {
 #pragma unroll
   for (int i = 0; i < kKeys / 8; i += 4) {
-    SM75_U16x8_LDSM_T::copy(vector_at(tile, first_key + i * 8 + lane, vector), raw[i], raw[i + 1],
-                            raw[i + 2], raw[i + 3]);
+    SM75_U16x8_LDSM_T::copy(block.vector(tile, first_key + i * 8 + lane, vector), raw[i],
+                            raw[i + 1], raw[i + 2], raw[i + 3]);
   }
 }
 
@@ -127,10 +127,12 @@ __device__ __forceinline__ void write_fp8_output(const KernelParams& p, const Wo
   keep_nothing_of(lane);
   if (item.slot == Item::kEmpty) return;
   if (item.slot >= 0) {
-    float sums[4] = {};
+    const PartialScaling scaling([&](const auto& magnitude) __attribute__((always_inline)) {
+      float sums[4] = {};
 #pragma unroll
-    for (int i = 0; i < size(out); ++i) sums[i % 4] += fabsf(out(i));
-    const PartialScaling scaling(sums[0] + sums[1] + sums[2] + sums[3]);
+      for (int i = 0; i < size(out); ++i) sums[i % 4] += magnitude(out(i));
+      return sums[0] + sums[1] + sums[2] + sums[3];
+    });
 #pragma unroll
     for (int i = 0; i < size(out); ++i) out(i) *= scaling.factor;
     const int column = first_column + lane / 4 * 2;
@@ -226,7 +228,7 @@ __device__ __forceinline__ void run_fp8_values(const KernelParams& p,
       uint32_t raw[kKeys / 8];
       const auto load = [&](int i) __attribute__((always_inline)) {
         const int column_tile = i / kOfTile;
-        load_values<kKeys>(block.latent[side * (kColumnTiles / 2) + column_tile / 2],
+        load_values<kKeys>(block, side * (kColumnTiles / 2) + column_tile / 2,
                            column_tile % 2 * 4 + warp, i % kOfTile * kKeys, lane, raw);
       };
       KeyScales<kKeys> scales;

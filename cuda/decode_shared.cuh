@@ -78,6 +78,9 @@ struct Work {
   int begin_seq, begin_block, end_seq, end_block, begin_split;
 };
 
+// Of what is never negative, as part of an index: a sign would take one more register.
+__device__ __forceinline__ int64_t wide(int count) { return static_cast<uint32_t>(count); }
+
 // Which of its warpgroup's threads this is. Asked for anew at every use: registers are scarce.
 struct ThreadNow {
   int warp;
@@ -226,13 +229,13 @@ __device__ __forceinline__ int hidden_keys(const KernelParams& p, int token) {
 }
 
 __device__ __forceinline__ int find_length(const KernelParams& p, const Work& work, int seq) {
-  return min(max(p.cache_seqlens[work.first_seq + seq], 0), p.max_tokens);
+  return min(max(p.cache_seqlens[work.first_seq + wide(seq)], 0), p.max_tokens);
 }
 
 // Where the plan says which slots a sequence's splits have, up to those of the next one.
 __device__ __forceinline__ const int32_t* find_splits(const KernelParams& p, const Work& work,
                                                       int seq) {
-  return p.num_splits + work.first_seq + work.group + seq;
+  return p.num_splits + work.first_seq + wide(work.group + seq);
 }
 
 // Whether no partition attends to a sequence. A plan of before, with no split of what is no longer
@@ -256,7 +259,7 @@ __device__ __forceinline__ Item find_item(const KernelParams& p, const Work& wor
   item.first += base;
   const int32_t* splits = find_splits(p, work, seq);
   const int split = seq == work.begin_seq ? work.begin_split : 0;
-  const int slot = min(max(splits[0], 0) + split, p.slots - 1);
+  const int slot = min(max(splits[0], 0) + split + 1, p.slots) - 1;
   const int count = splits[1] - splits[0];
   const bool empty = is_empty(count, item.length);
   item.slot = count > 1 ? slot : empty ? Item::kEmpty : Item::kWhole;
@@ -266,17 +269,18 @@ __device__ __forceinline__ Item find_item(const KernelParams& p, const Work& wor
 // Where row `row` of all the tile's query rows lies in [.., s_q, h_q, ..].
 __device__ __forceinline__ int64_t query_index(const KernelParams& p, const Work& work, int seq,
                                                int row) {
-  const int64_t first = (work.first_seq + seq) * (p.s_q * p.h_q);
-  if (p.h_kv == 1) return first + row;  // spares a division
+  const int64_t first = (work.first_seq + wide(seq)) * wide(p.s_q * p.h_q);
+  if (p.h_kv == 1) return first + wide(row);  // spares a division
   int token, head;
   p.by_heads_per_kv(token, head, row);
-  return first + int64_t{token} * p.h_q + work.head * p.heads_per_kv() + head;
+  return first + wide(token * p.h_q + work.head * p.heads_per_kv() + head);
 }
 
 // Which of all tiles of partial results a tile of the item's is.
 __device__ __forceinline__ int64_t partial_tile(const KernelParams& p, const Work& work,
                                                 const Item& item, int tile) {
-  return ((work.first_slot + item.slot) * p.h_kv + work.head) * p.partial_tiles() + tile;
+  const int64_t slot_head = (work.first_slot + wide(item.slot)) * wide(p.h_kv) + wide(work.head);
+  return slot_head * wide(p.partial_tiles()) + wide(tile);
 }
 
 // A thread's view of an accumulator: two rows of the tile, eight apart.

@@ -61,8 +61,8 @@ __device__ __forceinline__ float* lse_target(const KernelParams& p, const Work& 
   int token, head;
   p.by_heads_per_kv(token, head, row);
   const int64_t row_head =
-      (work.first_seq + item.seq) * p.h_q + work.head * p.heads_per_kv() + head;
-  return p.lse + row_head * p.s_q + token;
+      (work.first_seq + wide(item.seq)) * wide(p.h_q) + wide(work.head * p.heads_per_kv() + head);
+  return p.lse + row_head * wide(p.s_q) + wide(token);
 }
 
 // Of weights that are relative to `base` and have the sum `total`, base 2.

@@ -2,6 +2,8 @@
 // columns, of which a lane has a float4 each, in the order of partial results (see decode.h).
 #pragma once
 
+#include <cfloat>
+
 #include "cuda/decode_shared.cuh"
 
 namespace jax_flashmla {
@@ -27,11 +29,17 @@ __device__ __forceinline__ uint2* partial_target(const KernelParams& p, int64_t 
 struct PartialScaling {
   float factor;
   float inverse;
-  __device__ __forceinline__ explicit PartialScaling(float sum_of_lane) {
-    const uint32_t largest = __reduce_max_sync(0xffffffffu, __float_as_uint(sum_of_lane));
-    int exponent = largest >> 23;
-    if (exponent == 255) exponent = 127 + 14;  // infinite, or NaN: others stay as they are
-    exponent = max(exponent, 15);              // so that both can be
+
+  // `sum(magnitude)`: of the lane's numbers, as that function has them.
+  template <typename Sum>
+  __device__ __forceinline__ explicit PartialScaling(const Sum& sum) {
+    float of_lane = sum([](float x) { return fabsf(x); });
+    if (__builtin_expect(__any_sync(0xffffffffu, !(of_lane <= FLT_MAX)), 0)) {
+      // Infinite numbers and NaN stay so, whatever the others are multiplied with.
+      of_lane = sum([](float x) { return fabsf(x) <= FLT_MAX ? fabsf(x) : 0; });
+    }
+    const uint32_t largest = __reduce_max_sync(0xffffffffu, __float_as_uint(of_lane));
+    const int exponent = min(max(largest >> 23, 15), 254);  // so that both can be
     factor = __int_as_float((268 - exponent) << 23);
     inverse = __int_as_float((exponent - 14) << 23);
   }
@@ -48,15 +56,20 @@ __device__ __forceinline__ void write_output(const KernelParams& p, const Work& 
                                              const Item& item, int64_t tile, int row,
                                              int first_strip, int lane, const float (&inverse)[2],
                                              const Get& get) {
-  if (row >= p.num_rows() || item.slot == Item::kEmpty) return;
-  if (item.slot >= 0) {
-    float4 sums = {};
+  // By votes, so that the compiler knows that a warp stays together: else it keeps even the
+  // position in the ring of keys for each thread.
+  if (__any_sync(0xffffffffu, row >= p.num_rows() || item.slot == Item::kEmpty)) return;
+  if (__any_sync(0xffffffffu, item.slot >= 0)) {
+    const PartialScaling scaling([&](const auto& magnitude) __attribute__((always_inline)) {
+      float4 sums = {};
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const float4 x = get(i);
-      sums.x += fabsf(x.x), sums.y += fabsf(x.y), sums.z += fabsf(x.z), sums.w += fabsf(x.w);
-    }
-    const PartialScaling scaling((sums.x + sums.y) * inverse[0] + (sums.z + sums.w) * inverse[1]);
+      for (int i = 0; i < kCount; ++i) {
+        const float4 x = get(i);
+        sums.x += magnitude(x.x), sums.y += magnitude(x.y);
+        sums.z += magnitude(x.z), sums.w += magnitude(x.w);
+      }
+      return magnitude((sums.x + sums.y) * inverse[0]) + magnitude((sums.z + sums.w) * inverse[1]);
+    });
     const float by[2] = {inverse[0] * scaling.factor, inverse[1] * scaling.factor};
     uint2* const partial = partial_target(p, tile, first_strip, lane);
 #pragma unroll

@@ -139,15 +139,18 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(PlanParams p, Quotients 
   const int64_t group = blockIdx.x;
   const int32_t* seqlens = p.cache_seqlens + group * p.batch;
   int32_t* num_splits = p.num_splits + group * (p.batch + 1);
-  int4* metadata =
-      reinterpret_cast<int4*>(p.tile_scheduler_metadata + group * p.num_parts * kMetadataColumns);
+  int32_t* metadata = p.tile_scheduler_metadata + group * p.num_parts * kMetadataColumns;
 
-  const auto write_parts = [&](const auto& locate) {
-    for (int part = thread; part < p.num_parts; part += kThreads) {
-      const Position begin = locate(part);
-      const Position end = locate(part + 1);
-      metadata[2 * part] = make_int4(begin.seq, begin.block, end.seq, end.block);
-      metadata[2 * part + 1] = make_int4(begin.split, 0, 0, 0);
+  // A cut ends one partition and begins the next.
+  const auto write_cuts = [&](const auto& locate) {
+    for (int cut = thread; cut <= p.num_parts; cut += kThreads) {
+      const Position at = locate(cut);
+      int32_t* const part = metadata + int64_t{cut} * kMetadataColumns;
+      const int2 point = make_int2(at.seq, at.block);
+      if (cut > 0) reinterpret_cast<int2*>(part - kMetadataColumns)[1] = point;
+      if (cut == p.num_parts) continue;
+      reinterpret_cast<int2*>(part)[0] = point;
+      reinterpret_cast<int4*>(part)[1] = make_int4(at.split, 0, 0, 0);
     }
   };
 
@@ -173,7 +176,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(PlanParams p, Quotients 
     if (cuts.worthwhile(p, part_length.divisor)) {
       for (int seq = thread; seq <= p.batch; seq += kThreads)
         num_splits[seq] = seq * cuts.pieces.divisor;
-      write_parts([&](int cut) { return cuts.locate(p, cut); });
+      write_cuts([&](int cut) { return cuts.locate(p, cut); });
       return;
     }
   }
@@ -195,7 +198,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(PlanParams p, Quotients 
   }
   if (thread == 0) num_splits[p.batch] = slots.total;
 
-  write_parts([&](int cut) {
+  write_cuts([&](int cut) {
     return locate_cut<kThreads>(p, seqlens, chunk_starts, per_thread, line.total, part_length, cut);
   });
 }

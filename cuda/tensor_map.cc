@@ -96,6 +96,12 @@ cudaError_t make_fp8_tensor_maps(const DecodeParams& p, Fp8TensorMaps* maps) {
   const cuuint64_t page = p.page_tokens;
   const cuuint64_t h_kv = p.h_kv;
   const cuuint64_t pages = static_cast<cuuint64_t>(p.groups) * p.num_blocks;
+  if (blocks && is_narrow(p)) {
+    constexpr int kWords = kFp8BlockBytes / 4;
+    return make_map<5>(CU_TENSOR_MAP_DATA_TYPE_INT32, p.k_cache, {kWords, page, 1, h_kv, pages},
+                       {h_kv * row, 128, row, page * h_kv * row}, {kWords, kBlockTokens, 1, 1, 1},
+                       &maps->rows, CU_TENSOR_MAP_SWIZZLE_NONE);
+  }
   const cuuint32_t rope_bytes = blocks ? 128 : 64;
   const char* const cache = static_cast<const char*>(p.k_cache);
   const char* const rope = cache + (blocks ? kFp8BlockBytes - 128 : kLatentDim);

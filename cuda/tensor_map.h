@@ -33,8 +33,10 @@ cudaError_t make_tensor_maps(const DecodeParams& params, TensorMaps* maps);
 
 // Of an FP8 cache, coordinates (byte, token of the page, tile, KV head, page of all groups'), boxes
 // of a block's tokens: all 512 latent bytes as four swizzled tiles of 128; the rotary columns as a
-// tile of 128 bytes, or, of kFp8PerTensor, of 64; of kFp8Block also the 16 bytes of scales.
+// tile of 128 bytes, or, of kFp8PerTensor, of 64; of kFp8Block also the 16 bytes of scales. Or, of
+// kFp8Block with few query rows, whole rows (words for bytes).
 struct Fp8TensorMaps {
+  CUtensorMap rows;
   CUtensorMap latent;
   CUtensorMap rope;
   CUtensorMap scales;

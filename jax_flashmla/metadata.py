@@ -86,7 +86,9 @@ def get_mla_metadata(
     if sms > MAX_NUM_SMS:
         raise ValueError(f"num_sms: expected at most {MAX_NUM_SMS}, got {sms}")
     parts = planner.num_sm_parts(rows, heads, sms)
-    config = PlanConfig(parts, planner.min_split_blocks(rows), implementation)
+    config = PlanConfig(
+        parts, planner.overhead_blocks(rows), planner.min_split_blocks(rows), implementation
+    )
     return MLAMetadata(*plan_p.bind(cache_seqlens, config=config, devices=needs_devices()))
 
 
@@ -104,6 +106,7 @@ class PlanConfig:
     """The static parameter of the plan primitives."""
 
     num_sm_parts: int
+    overhead_blocks: int
     min_split_blocks: int
     implementation: str | None
 
@@ -149,7 +152,10 @@ def _batcher(args, dims, *, config, devices):
 
 def _plan_local_xla(cache_seqlens, *, config):
     plan = functools.partial(
-        planner.plan_reference, parts=config.num_sm_parts, least=config.min_split_blocks
+        planner.plan_reference,
+        parts=config.num_sm_parts,
+        overhead=config.overhead_blocks,
+        least=config.min_split_blocks,
     )
     return jax.vmap(plan)(cache_seqlens)
 
@@ -163,7 +169,7 @@ def _cuda_lowering(ctx, cache_seqlens, *, config):
     return jax.ffi.ffi_lowering(native.FFI_TARGETS["plan"])(
         ctx,
         cache_seqlens,
-        overhead_blocks=np.int32(planner.OVERHEAD_BLOCKS),
+        overhead_blocks=np.int32(config.overhead_blocks),
         min_split_blocks=np.int32(config.min_split_blocks),
         split_cost_blocks=np.int32(planner.SPLIT_COST_BLOCKS),
     )

@@ -24,7 +24,7 @@ one): the splits of sequence i have the slots num_splits[i] to num_splits[i + 1]
 partial results. There are at most b + num_sm_parts - 1 slots. The zeros of empty sequences are
 written by all thread blocks, whatever their partitions.
 
-How the cuts are found. Each sequence occupies an interval on a line: OVERHEAD_BLOCKS units for
+How the cuts are found. Each sequence occupies an interval on a line: `overhead_blocks` units for
 loading its queries and storing its results, then one unit per block; an empty sequence one unit.
 The line, of total length T, is cut at the multiples of W = max(ceil(T / num_sm_parts), M), where M
 is `min_split_blocks`. A cut that would leave fewer than M blocks of a sequence on one side moves to
@@ -36,8 +36,8 @@ pieces, one per partition, or whole sequences are dealt out, the same number to 
 unless that leaves so many partitions without work that the cuts above are better by more than
 SPLIT_COST_BLOCKS.
 
-The cost of a partition, its blocks plus OVERHEAD_BLOCKS per sequence that it touches (1 for an
-empty one), is at most W + OVERHEAD_BLOCKS + max(2 * (M - 1), SPLIT_COST_BLOCKS).
+The cost of a partition, its blocks plus `overhead_blocks` per sequence that it touches (1 for an
+empty one), is at most W + `overhead_blocks` + max(2 * (M - 1), SPLIT_COST_BLOCKS).
 
 The kernel in `cuda/plan.cu` computes the same numbers, bit for bit.
 """
@@ -47,8 +47,6 @@ import jax.numpy as jnp
 from jax import lax
 
 BLOCK_TOKENS = 64
-# Starting and ending a sequence, in units of one block's time; measured in benchmarks/NOTES.md.
-OVERHEAD_BLOCKS = 3
 # What a partition gains if no sequence is split: no partial results, and nothing to combine.
 SPLIT_COST_BLOCKS = 16
 METADATA_COLUMNS = 8
@@ -65,12 +63,17 @@ def num_sm_parts(num_q_tokens_per_head_k: int, num_heads_k: int, num_sms: int) -
     return max(1, num_sms // (num_heads_k * row_tiles))
 
 
+def overhead_blocks(num_q_tokens_per_head_k: int) -> int:
+    """Starting and ending a sequence, in units of one block's time: see benchmarks/NOTES.md."""
+    return 2 if num_q_tokens_per_head_k <= NARROW_ROWS else 3
+
+
 def min_split_blocks(num_q_tokens_per_head_k: int) -> int:
     """Shorter splits cost more in the combine, which grows with the query rows, than they gain."""
     return 1 if num_q_tokens_per_head_k <= NARROW_ROWS else 2
 
 
-def _even_cuts(blocks: jax.Array, batch: jax.Array, parts: int, least: int):
+def _even_cuts(blocks: jax.Array, batch: jax.Array, parts: int, overhead: int, least: int):
     """Cuts for sequences of `blocks` blocks each.
 
     Returns the pieces of a sequence, the position of every cut, the split that it starts, and the
@@ -84,16 +87,19 @@ def _even_cuts(blocks: jax.Array, batch: jax.Array, parts: int, least: int):
     block = split * size + jnp.minimum(split, longer)
     done = seq >= batch
     position = jnp.stack([jnp.minimum(seq, batch), jnp.where(done, 0, block)], axis=1)
-    cost = per_part * (size + (longer > 0) + OVERHEAD_BLOCKS)
+    cost = per_part * (size + (longer > 0) + overhead)
     return pieces, position, jnp.where(done, 0, split), cost
 
 
-def plan_reference(cache_seqlens: jax.Array, parts: int, least: int) -> tuple[jax.Array, jax.Array]:
+def plan_reference(
+    cache_seqlens: jax.Array, parts: int, overhead: int, least: int
+) -> tuple[jax.Array, jax.Array]:
     """Plans one group.
 
     Args:
       cache_seqlens: `[b]` int32 tokens; negative counts as 0.
       parts: number of partitions.
+      overhead: `overhead_blocks`.
       least: `min_split_blocks`.
 
     Returns:
@@ -107,15 +113,15 @@ def plan_reference(cache_seqlens: jax.Array, parts: int, least: int) -> tuple[ja
 
     lengths = jnp.maximum(cache_seqlens, 0)
     blocks = lengths // BLOCK_TOKENS + (lengths % BLOCK_TOKENS > 0)
-    blocks = jnp.minimum(blocks, jnp.maximum(MAX_LINE // batch - OVERHEAD_BLOCKS, 1))
-    extents = jnp.where(blocks > 0, blocks + OVERHEAD_BLOCKS, 1)
+    blocks = jnp.minimum(blocks, jnp.maximum(MAX_LINE // batch - overhead, 1))
+    extents = jnp.where(blocks > 0, blocks + overhead, 1)
     line = jnp.concatenate([zero, jnp.cumsum(extents, dtype=jnp.int32)])
     starts, total = line[:-1], line[-1]
     part_length = jnp.maximum(-(-total // parts), least)
 
     # Cuts that stay inside a sequence: those that leave `least` blocks on both sides.
-    first = starts + OVERHEAD_BLOCKS + least
-    last = starts + OVERHEAD_BLOCKS + blocks - least
+    first = starts + overhead + least
+    last = starts + overhead + blocks - least
     cuts_before = (first - 1) // part_length
     inner_cuts = jnp.where(last >= first, last // part_length - cuts_before, 0)
     splits = jnp.where(blocks > 0, inner_cuts + 1, 0)
@@ -125,7 +131,7 @@ def plan_reference(cache_seqlens: jax.Array, parts: int, least: int) -> tuple[ja
     x = cuts * part_length
     # The last sequence that starts at x or before. (searchsorted wants to know the batch.)
     seq = jnp.sum(starts <= x[:, None], axis=1, dtype=jnp.int32) - 1
-    block = x - starts[seq] - OVERHEAD_BLOCKS
+    block = x - starts[seq] - overhead
     snap = jnp.minimum(least, (blocks[seq] + 1) // 2)
     to_start = (blocks[seq] == 0) | (block < snap)
     inside = ~to_start & (x >= first[seq]) & (x <= last[seq])
@@ -135,8 +141,10 @@ def plan_reference(cache_seqlens: jax.Array, parts: int, least: int) -> tuple[ja
     position = jnp.stack([seq, jnp.where(inside, block, 0)], axis=1)
 
     # The same number of blocks in all sequences.
-    pieces, even_position, even_split, even_cost = _even_cuts(blocks[0], batch, parts, least)
-    limit = part_length + OVERHEAD_BLOCKS + jnp.where(pieces == 1, SPLIT_COST_BLOCKS, 0)
+    pieces, even_position, even_split, even_cost = _even_cuts(
+        blocks[0], batch, parts, overhead, least
+    )
+    limit = part_length + overhead + jnp.where(pieces == 1, SPLIT_COST_BLOCKS, 0)
     even = jnp.all(blocks == blocks[0]) & (blocks[0] > 0) & (even_cost <= limit)
     position = jnp.where(even, even_position, position)
     split = jnp.where(even, even_split, split)

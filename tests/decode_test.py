@@ -96,6 +96,20 @@ class DecodeTest(parameterized.TestCase):
         out = np.asarray(out, np.float64) / np.broadcast_to(sizes, 576)[:512]
         support.assert_decodes_well(self, (out, lse), want, plain, dtype)
 
+    @parameterized.product(size=(2.0**-60, 1.0, 2.0**90), h_q=(16, 128))
+    def test_rows_beside_one_of_nan(self, size, h_q):
+        # Rows that are neighbours share a power of two in partial results.
+        problem = problems.make_problem(self.rng, [700, 70], h_q=h_q)
+        dtype = problem.q.dtype
+        want, plain = (oracle.decode(*problem.arrays, rounded_to=x) for x in (None, dtype))
+        problem.q[:] = problem.q.astype(np.float32) / size
+        problem.k_cache[:] = problem.k_cache.astype(np.float32) * size
+        problem.q[0, 0, 3, 5] = np.nan
+        out, lse = (np.array(x, np.float64) for x in decode(*problem.arrays))
+        self.assertTrue(np.isnan(out[0, 0, 3]).all() and np.isnan(lse[0, 3, 0]))
+        out[0, 0, 3], lse[0, 3, 0] = want[0][0, 0, 3] * size, want[1][0, 3, 0]
+        support.assert_decodes_well(self, (out / size, lse), want, plain, dtype)
+
     @parameterized.parameters(
         {"h_q": 3},
         {"h_q": 6, "h_kv": 2, "page": 16},

@@ -164,6 +164,21 @@ class PagedTest(Fp8Test):
         longer = np.array([49, np.iinfo(np.int32).max, -3], np.int32)
         self.check(decode(*problem.arrays[:3], longer, problem.k_scale), problem)
 
+    @parameterized.product(h_q=(4, 24, 64), softmax_scale=(0.05, 0.0, -0.05), sign=(1, -1))
+    def test_signs_of_scales(self, h_q, softmax_scale, sign):
+        problem = fp8.make_problem(self.rng, [0, 63, 300], "fp8_per_tensor", h_q=h_q)
+        problem.k_scale *= sign
+        problem.values *= sign
+        got = jax.jit(functools.partial(flash_mla_with_kvcache, softmax_scale=softmax_scale))(
+            *problem.arrays, k_scale=problem.k_scale
+        )
+        references = (
+            problem.reference(softmax_scale=softmax_scale, rounded_to=to)
+            for to in (None, problem.q.dtype)
+        )
+        tolerance = fp8.tolerance(problem.q, problem.values)
+        support.assert_decodes_well(self, got, *references, *tolerance)
+
     @parameterized.parameters(2.0**-100, 2.0**-20, 2.0**60)
     def test_scales_far_from_1(self, factor):
         problem = fp8.make_problem(self.rng, [0, 1, 100], "fp8_per_tensor", h_q=4)

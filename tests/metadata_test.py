@@ -54,7 +54,7 @@ def blocks_of(lengths):
 
 def check_plan(test_case, lengths, metadata, num_splits, rows=16):
     """Walks the partitions as a kernel would and checks every documented property."""
-    least = planner.min_split_blocks(rows)
+    overhead, least = planner.overhead_blocks(rows), planner.min_split_blocks(rows)
     metadata, num_splits = np.asarray(metadata), np.asarray(num_splits)
     batch, parts = len(lengths), len(metadata)
     blocks = blocks_of(lengths)
@@ -78,7 +78,7 @@ def check_plan(test_case, lengths, metadata, num_splits, rows=16):
             test_case.assertEqual(block, done[seq])
             test_case.assertTrue(stop > block or blocks[seq] == 0)
             shortest_split[seq] = min(shortest_split[seq], stop - block)
-            cost[part] += stop - block + planner.OVERHEAD_BLOCKS if blocks[seq] else 1
+            cost[part] += stop - block + overhead if blocks[seq] else 1
             done[seq] = stop
             splits[seq] += blocks[seq] > 0
             seq, block = seq + 1, 0
@@ -88,10 +88,10 @@ def check_plan(test_case, lengths, metadata, num_splits, rows=16):
     test_case.assertEqual([count >= 1 for count in splits], [count > 0 for count in blocks])
     test_case.assertLess(num_splits[-1], batch + parts)
 
-    total = sum(b + planner.OVERHEAD_BLOCKS if b else 1 for b in blocks)
+    total = sum(b + overhead if b else 1 for b in blocks)
     mean = max(-(-total // parts), least)
     slack = max(2 * (least - 1), planner.SPLIT_COST_BLOCKS)
-    slack += planner.OVERHEAD_BLOCKS
+    slack += overhead
     test_case.assertLessEqual(cost.max(initial=0), mean + slack)
     for count, shortest in zip(splits, shortest_split, strict=True):
         if count > 1:
