@@ -259,7 +259,9 @@ __device__ __forceinline__ Item find_item(const KernelParams& p, const Work& wor
   item.first += base;
   const int32_t* splits = find_splits(p, work, seq);
   const int split = seq == work.begin_seq ? work.begin_split : 0;
-  const int slot = min(max(splits[0], 0) + split + 1, p.slots) - 1;
+  // Unsigned, which no two of them exceed.
+  const uint32_t behind = static_cast<uint32_t>(max(splits[0], 0)) + split + 1;
+  const int slot = static_cast<int>(min(behind, static_cast<uint32_t>(p.slots))) - 1;
   const int count = splits[1] - splits[0];
   const bool empty = is_empty(count, item.length);
   item.slot = count > 1 ? slot : empty ? Item::kEmpty : Item::kWhole;

@@ -213,11 +213,18 @@ class DecodeTest(parameterized.TestCase):
         got = decode(*problem.arrays, metadata)
         support.assert_decodes_well(self, got, want, plain, problem.q.dtype)
 
-    def test_wrong_metadata_is_harmless(self):
-        problem = problems.make_problem(self.rng, [5, 0, 900, 300])
-        metadata = jax_flashmla.get_mla_metadata(problem.cache_seqlens, 16, 1)
+    @parameterized.parameters(16, 128)
+    def test_wrong_metadata_is_harmless(self, h_q):
+        problem = problems.make_problem(self.rng, [5, 0, 900, 300], h_q=h_q)
+        metadata = jax_flashmla.get_mla_metadata(problem.cache_seqlens, h_q, 1)
         bounds = np.iinfo(np.int32)
-        for draw in (lambda s: self.rng.integers(bounds.min, bounds.max, s), np.zeros):
+        edges = bounds.min, -1, 0, 1, 2, bounds.max - 1, bounds.max
+        for draw in (
+            lambda s: self.rng.integers(bounds.min, bounds.max, s),
+            lambda s: self.rng.choice(edges, s),
+            lambda s: self.rng.choice(edges, s),
+            np.zeros,
+        ):
             wrong = [draw(x.shape).astype(np.int32) for x in metadata]
             jax.block_until_ready(decode(*problem.arrays, wrong))
         # The device still works, and a valid plan still gives the right result.
