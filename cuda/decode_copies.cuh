@@ -40,7 +40,8 @@ template <int kParts>
 __device__ __forceinline__ int load_page(const KernelParams& p, const Work& work, int seq,
                                          int block, int part = 0) {
   const int entry = kParts == 1 || p.parts == 1 ? block >> p.page_shift : block * p.parts + part;
-  if (seq >= p.batch || entry >= p.max_blocks) return -1;
+  // Unsigned, since the first block is as the plan has it, and may be any number.
+  if (seq >= p.batch || static_cast<uint32_t>(entry) >= p.max_blocks) return -1;
   return p.block_table[work.first_entry + static_cast<int64_t>(seq) * p.max_blocks + entry];
 }
 

@@ -213,9 +213,9 @@ class DecodeTest(parameterized.TestCase):
         got = decode(*problem.arrays, metadata)
         support.assert_decodes_well(self, got, want, plain, problem.q.dtype)
 
-    @parameterized.parameters(16, 128)
-    def test_wrong_metadata_is_harmless(self, h_q):
-        problem = problems.make_problem(self.rng, [5, 0, 900, 300], h_q=h_q)
+    @parameterized.parameters((16, 64), (128, 64), (16, 1), (128, 16))
+    def test_wrong_metadata_is_harmless(self, h_q, page):
+        problem = problems.make_problem(self.rng, [5, 0, 900, 300], h_q=h_q, page=page)
         metadata = jax_flashmla.get_mla_metadata(problem.cache_seqlens, h_q, 1)
         bounds = np.iinfo(np.int32)
         edges = bounds.min, -1, 0, 1, 2, bounds.max - 1, bounds.max
