@@ -42,6 +42,21 @@ __device__ __forceinline__ void multiply_shared(Mma& mma, uint8_t* rows, uint8_t
   }
 }
 
+// The same with row operands in registers, of which those from `first_step` on are meant.
+template <typename Rows, typename Mma, typename Operands, typename Sums>
+__device__ __forceinline__ void multiply_registers(Mma& mma, const Operands& rows, int first_step,
+                                                   uint8_t* columns, Sums& to) {
+  using Element = typename Mma::ValTypeA;
+  Tensor b = mma.get_slice(0).partition_fragment_B(
+      make_tensor(make_smem_ptr(reinterpret_cast<Element*>(columns)),
+                  OperandLayout<Rows, decltype(tile_size<1>(Mma{}))>{}));
+#pragma unroll
+  for (int step = 0; step < size<2>(b); ++step) {
+    cute::gemm(mma, rows(_, _, first_step + step), b(_, _, step), to);
+    mma.accumulate_ = GMMA::ScaleOut::One;
+  }
+}
+
 // The products of a block, batch by batch of a tile's columns: the tensor cores add e4m3 products
 // up with some 14 bits, so that not many should come together before they are added to a float32.
 // Two batches are in flight at most; the first of a block are, while the softmax of the one before
@@ -108,28 +123,17 @@ struct Fp8Scores {
   }
 
   __device__ __forceinline__ void issue_registers(Block& block, int batch, Sums& to) {
-    const auto multiply = [&](auto& mma, auto* keys, auto layout, const auto& queries,
-                              int first_step) __attribute__((always_inline)) {
-      Tensor b = mma.get_slice(0).partition_fragment_B(make_tensor(make_smem_ptr(keys), layout));
-#pragma unroll
-      for (int step = 0; step < size<2>(b); ++step) {
-        cute::gemm(mma, queries(_, _, first_step + step), b(_, _, step), to);
-        mma.accumulate_ = GMMA::ScaleOut::One;
-      }
-    };
     if (kBlocks && batch == kFp8Tiles) {
       RegisterMma<bfloat16_t, 64> mma;
       mma.accumulate_ = GMMA::ScaleOut::Zero;
-      multiply(mma, reinterpret_cast<bfloat16_t*>(block.rope), TileLayout<bfloat16_t>{}, q.rope, 0);
+      multiply_registers<WideRows<bfloat16_t>>(mma, q.rope, 0, block.rope, to);
       return;
     }
     RegisterMma<E4M3, 64> mma;
     mma.accumulate_ = GMMA::ScaleOut::Zero;
-    multiply(mma, reinterpret_cast<E4M3*>(block.latent[batch]),
-             OperandLayout<WideRows<E4M3>, _64>{}, q.pieces, batch * 4);
+    multiply_registers<WideRows<E4M3>>(mma, q.pieces, batch * 4, block.latent[batch], to);
     if (!kBlocks && batch + 1 == kBatches) {
-      multiply(mma, reinterpret_cast<E4M3*>(block.rope), OperandLayout<ShortRows, _64>{}, q.pieces,
-               kFp8Tiles * 4);
+      multiply_registers<ShortRows>(mma, q.pieces, kFp8Tiles * 4, block.rope, to);
     }
   }
 

@@ -112,17 +112,16 @@ inline constexpr bool kReaderFences = kRows != kRowTile;
 template <int kRows, KeyFormat kFormat>
 struct Fp8Memory {
   static constexpr bool kBlocks = kFormat == KeyFormat::kFp8Block;
-  static constexpr bool kWholeRows = kTurned<kRows> && kBlocks;
+  static constexpr bool kWholeRows = kTurned<kRows> && kBlocks;  // blocks are as in memory
   // Blocks of keys: as many as there is room for.
-  static constexpr int kSlots = kRows == kRowTile ? 3 : kTurned<kRows> && kBlocks ? 4 : 5;
+  static constexpr int kSlots = kRows == kRowTile ? 3 : kWholeRows ? 4 : 5;
   // Few weights have the scales of fp8_block multiplied in, each tile's, so that values need not.
-  static constexpr int kWeights = kTurned<kRows> && kBlocks ? kFp8Tiles : 1;
+  static constexpr int kWeights = kWholeRows ? kFp8Tiles : 1;
   using Queries =
       std::conditional_t<kTurned<kRows>, TurnedQueries<kBlocks>,
                          std::conditional_t<kRows == kRowTile, ManyQueries<kBlocks>, NoQueries>>;
-  using Scales =
-      std::conditional_t<!kBlocks, NoScales,
-                         std::conditional_t<kTurned<kRows>, TurnedScales, StraightScales>>;
+  using Scales = std::conditional_t<!kBlocks, NoScales,
+                                    std::conditional_t<kWholeRows, TurnedScales, StraightScales>>;
   using Block = std::conditional_t<kWholeRows, RowsBlock, TiledBlock<kBlocks>>;
   // Of a query row, in the order of `row_slot`.
   struct alignas(16) Factors {

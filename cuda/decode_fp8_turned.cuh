@@ -134,14 +134,7 @@ struct TurnedScores {
     mma.accumulate_ = GMMA::ScaleOut::Zero;
     Tensor a = make_tensor(reinterpret_cast<Element*>(keys),
                            Layout<Shape<Int<16 / sizeof(Element)>, _1, _4>>{});
-    Tensor b = mma.get_slice(0).partition_fragment_B(
-        make_tensor(make_smem_ptr(reinterpret_cast<Element*>(queries)),
-                    OperandLayout<WideRows<Element>, decltype(tile_size<1>(Mma{}))>{}));
-#pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      cute::gemm(mma, a(_, _, step), b(_, _, step), to);
-      mma.accumulate_ = GMMA::ScaleOut::One;
-    }
+    multiply_registers<WideRows<Element>>(mma, a, 0, queries, to);
   }
 
   __device__ __forceinline__ void fence() {

@@ -96,31 +96,28 @@ cudaError_t make_fp8_tensor_maps(const DecodeParams& p, Fp8TensorMaps* maps) {
   const cuuint64_t page = p.page_tokens;
   const cuuint64_t h_kv = p.h_kv;
   const cuuint64_t pages = static_cast<cuuint64_t>(p.groups) * p.num_blocks;
+  // Of a block's tokens all columns from a byte of the row on: `tiles` of 128 bytes or, of one,
+  // any.
+  const auto make = [&](CUtensorMapDataType type, int first_byte, cuuint32_t columns,
+                        cuuint32_t tiles, CUtensorMapSwizzle swizzle, CUtensorMap* map) {
+    return make_map<5>(type, static_cast<const char*>(p.k_cache) + first_byte,
+                       {columns, page, tiles, h_kv, pages},
+                       {h_kv * row, 128, row, page * h_kv * row},
+                       {columns, kBlockTokens, tiles, 1, 1}, map, swizzle);
+  };
+  constexpr auto kBytes = CU_TENSOR_MAP_DATA_TYPE_UINT8;
+  constexpr auto kWords = CU_TENSOR_MAP_DATA_TYPE_INT32;
+  constexpr auto kAsTheyLie = CU_TENSOR_MAP_SWIZZLE_NONE;
+  constexpr auto kSwizzled = CU_TENSOR_MAP_SWIZZLE_128B;
   if (blocks && is_narrow(p)) {
-    constexpr int kWords = kFp8BlockBytes / 4;
-    return make_map<5>(CU_TENSOR_MAP_DATA_TYPE_INT32, p.k_cache, {kWords, page, 1, h_kv, pages},
-                       {h_kv * row, 128, row, page * h_kv * row}, {kWords, kBlockTokens, 1, 1, 1},
-                       &maps->rows, CU_TENSOR_MAP_SWIZZLE_NONE);
+    return make(kWords, 0, kFp8BlockBytes / 4, 1, kAsTheyLie, &maps->rows);
   }
-  const cuuint32_t rope_bytes = blocks ? 128 : 64;
-  const char* const cache = static_cast<const char*>(p.k_cache);
-  const char* const rope = cache + (blocks ? kFp8BlockBytes - 128 : kLatentDim);
-  cudaError_t error =
-      make_map<5>(CU_TENSOR_MAP_DATA_TYPE_UINT8, cache, {128, page, kLatentDim / 128, h_kv, pages},
-                  {h_kv * row, 128, row, page * h_kv * row},
-                  {128, kBlockTokens, kLatentDim / 128, 1, 1}, &maps->latent);
-  if (error == cudaSuccess) {
-    error =
-        make_map<5>(CU_TENSOR_MAP_DATA_TYPE_UINT8, rope, {rope_bytes, page, 1, h_kv, pages},
-                    {h_kv * row, 128, row, page * h_kv * row}, {rope_bytes, kBlockTokens, 1, 1, 1},
-                    &maps->rope, blocks ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B);
-  }
-  if (blocks && error == cudaSuccess) {
-    error = make_map<5>(CU_TENSOR_MAP_DATA_TYPE_UINT8, cache + kLatentDim,
-                        {16, page, 1, h_kv, pages}, {h_kv * row, 128, row, page * h_kv * row},
-                        {16, kBlockTokens, 1, 1, 1}, &maps->scales, CU_TENSOR_MAP_SWIZZLE_NONE);
-  }
-  return error;
+  cudaError_t error = make(kBytes, 0, 128, kLatentDim / 128, kSwizzled, &maps->latent);
+  if (error != cudaSuccess) return error;
+  if (!blocks) return make(kBytes, kLatentDim, 64, 1, CU_TENSOR_MAP_SWIZZLE_64B, &maps->rope);
+  error = make(kBytes, kFp8BlockBytes - 128, 128, 1, kSwizzled, &maps->rope);
+  if (error != cudaSuccess) return error;
+  return make(kBytes, kLatentDim, 16, 1, kAsTheyLie, &maps->scales);
 }
 
 }  // namespace jax_flashmla

@@ -27,6 +27,11 @@ class Problem:
     def q_pair(self):
         return self.q[..., :512], self.q[..., 512:]
 
+    def resize_keys(self, by):
+        """Multiplies keys with powers of two, of all or of each column; scores keep every bit."""
+        self.q[:] = self.q.astype(np.float32) / by
+        self.k_cache[:] = self.k_cache.astype(np.float32) * by
+
 
 def make_problem(
     rng,
