@@ -9,6 +9,7 @@
 #include "cuda/decode_fp8_scores.cuh"
 #include "cuda/decode_fp8_turned.cuh"
 #include "cuda/decode_fp8_values.cuh"
+#include "cuda/decode_prefetch.cuh"
 #include "cuda/launch.cuh"
 
 namespace jax_flashmla {
@@ -24,6 +25,7 @@ __device__ __forceinline__ void init_barriers(Fp8Memory<kRows, kFormat>& smem) {
   for (EmptyBarrier& barrier : smem.weights_full) barrier.init(kWarpgroup);
   for (EmptyBarrier& barrier : smem.weights_empty) barrier.init(2 * kWarpgroup);
   smem.work_known.init(1);
+  smem.waited.init(1);
   cutlass::arch::fence_barrier_init();
 }
 
@@ -47,9 +49,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     cutlass::arch::warpgroup_reg_dealloc<Registers<kRows, kFormat>::kLoader>();
     if (thread == 0) init_barriers<kSource>(smem);
     __syncwarp();
-    wait_for_kernel_before();
     sync_loader();
     cutlass::arch::NamedBarrier::arrive(kThreads, kReady);
+    if (kSource == Source::kPages && thread == 96) prefetch_keys(p, smem.waited);
+    __syncwarp();
+    wait_for_kernel_before();
+    if (thread == 0) smem.waited.arrive();
     smem.work_known.wait(0);
     if constexpr (kSource == Source::kPages) {
       load(p, maps, smem);

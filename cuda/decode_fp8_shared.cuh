@@ -142,6 +142,7 @@ struct Fp8Memory {
   EmptyBarrier weights_full[2];      // by those that compute scores
   EmptyBarrier weights_empty[2];
   EmptyBarrier work_known;  // `work` is there
+  EmptyBarrier waited;      // the thread that copies keys has, for the kernel before
 
   // A key's scales, as they came.
   __device__ __forceinline__ const float* raw_scales(int slot, int key) const {

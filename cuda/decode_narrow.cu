@@ -9,18 +9,23 @@
 #include "cuda/decode_gather.cuh"
 #include "cuda/decode_narrow.h"
 #include "cuda/decode_narrow_attend.cuh"
+#include "cuda/decode_prefetch.cuh"
 #include "cuda/launch.cuh"
 
 namespace jax_flashmla {
 namespace {
 
-// Of the last warpgroup, two threads load, or all; a warp writes what empty sequences have.
+// Of the last warpgroup, two threads load, or all; a warp has keys brought into L2, and another one
+// writes what empty sequences have.
 inline constexpr int kKeyThread = kMathThreads;
 inline constexpr int kQueryThread = kMathThreads + 32;
+inline constexpr int kPrefetchThread = kMathThreads + 64;
 inline constexpr int kEmptyThread = kMathThreads + 96;  // the first
-// Named barriers for: memory is set up; it is, for the warps that copy row by row.
+// Named barriers for: memory is set up; it is, for the warps that copy row by row; the key thread's
+// barriers are, for the one that prefetches.
 inline constexpr int kReady = 2;
 inline constexpr int kLoaderReady = 3;
+inline constexpr int kKeysReady = 4;
 
 template <typename Element>
 __device__ __forceinline__ void load_item_queries(const KernelParams& p, const TensorMaps& maps,
@@ -164,15 +169,26 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
       for (EmptyBarrier& barrier : smem.rope_empty) {
         barrier.init(kSource == Source::kPages ? 1 : kMathThreads);
       }
+      smem.waited.init(1);
       cutlass::arch::fence_barrier_init();
     } else if (threadIdx.x == kQueryThread) {
       smem.q_full.init(1);
       smem.q_empty.init(kMathWarps);
       cutlass::arch::fence_barrier_init();
-    } else if (threadIdx.x == kQueryThread + 32) {
+    } else if (threadIdx.x == kPrefetchThread) {
       prefetch_maps(maps);
     }
     __syncwarp();
+    if constexpr (kSource == Source::kPages) {
+      cutlass::arch::NamedBarrier::arrive(kNarrowThreads, kReady);
+      if (warp == kKeyThread / 32) {
+        cutlass::arch::NamedBarrier::arrive(2 * 32, kKeysReady);
+      } else if (warp == kPrefetchThread / 32) {
+        cutlass::arch::NamedBarrier::sync(2 * 32, kKeysReady);
+        if (threadIdx.x == kPrefetchThread) prefetch_keys(p, smem.waited);
+        __syncwarp();
+      }
+    }
     wait_for_kernel_before();
     if constexpr (kSource == Source::kRows) {
       if (threadIdx.x == kKeyThread) smem.work = check_plan(p, find_work(p, zero_of_lane()));
@@ -183,7 +199,7 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
       write_empty<kWarpgroup>(p, smem.work, 0, kNarrowRows, threadIdx.x % kWarpgroup);
     } else {
       const Work found = find_work(p, zero_of_lane());
-      cutlass::arch::NamedBarrier::arrive(kNarrowThreads, kReady);
+      if (threadIdx.x == kKeyThread) smem.waited.arrive();
       const Work work = check_plan(p, found);
       if (threadIdx.x == kKeyThread) load_keys<kWindowed>(p, maps, smem, work);
       if (threadIdx.x == kQueryThread) load_queries<kWindowed>(p, maps, smem, work);

@@ -37,6 +37,7 @@ struct NarrowMemory {
   EmptyBarrier rope_empty[kRopeSlots];
   FullBarrier q_full;
   EmptyBarrier q_empty;
+  EmptyBarrier waited;  // the key thread has, for the kernel before
 };
 static_assert(sizeof(NarrowMemory<cutlass::bfloat16_t>) <= 232448, "an SM has 227 KiB");
 

@@ -4,6 +4,7 @@
 #include <cfloat>
 
 #include "cuda/decode_shared.cuh"
+#include "cuda/weight_sums.cuh"
 
 namespace jax_flashmla {
 
@@ -63,16 +64,6 @@ __device__ __forceinline__ float* lse_target(const KernelParams& p, const Work& 
   const int64_t row_head =
       (work.first_seq + wide(item.seq)) * wide(p.h_q) + wide(work.head * p.heads_per_kv() + head);
   return p.lse + row_head * wide(p.s_q) + wide(token);
-}
-
-// Of weights that are relative to `base` and have the sum `total`, base 2.
-__device__ __forceinline__ float log_sum_exp(float base, float total) {
-  return total == 0 ? -INFINITY : base + __log2f(total);
-}
-
-// What results are to be multiplied with: `numerator` over the sum of their weights.
-__device__ __forceinline__ float over_total(float total, float numerator = 1) {
-  return total == 0 ? 0 : __fdividef(numerator, total);
 }
 
 // A log-sum-exp of base 2 as its target has it.

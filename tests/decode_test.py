@@ -121,6 +121,15 @@ class DecodeTest(parameterized.TestCase):
         lengths[self.rng.permutation(128)[:64]] = 0
         self.check(problems.make_problem(self.rng, lengths, **options))
 
+    @parameterized.parameters(
+        {"h_q": 3}, {"h_q": 128}, {"h_q": 74, "h_kv": 2, "s_q": 3}, {"h_q": 40, "page": 16}
+    )
+    def test_long_sequences_among_short_ones(self, **options):
+        # Most have one split or two, these have many.
+        lengths = self.rng.integers(0, 200, 40)
+        lengths[self.rng.permutation(40)[:3]] = self.rng.integers(3000, 6000, 3)
+        self.check(problems.make_problem(self.rng, lengths, **options))
+
     def test_queries_as_a_pair_give_the_same(self):
         problem = problems.make_problem(self.rng, [5, 200, 0], s_q=2, h_q=6, h_kv=3)
         whole = decode(*problem.arrays, causal=True)
@@ -211,9 +220,10 @@ class DecodeTest(parameterized.TestCase):
         got = decode(*problem.arrays, metadata)
         support.assert_decodes_well(self, got, want, plain, problem.q.dtype)
 
-    @parameterized.parameters((16, 64), (128, 64), (16, 1), (128, 16))
-    def test_wrong_metadata_is_harmless(self, h_q, page):
-        problem = problems.make_problem(self.rng, [5, 0, 900, 300], h_q=h_q, page=page)
+    @parameterized.parameters((16, 64, 0), (128, 64, 36), (16, 1, 36), (128, 16, 0), (16, 64, 36))
+    def test_wrong_metadata_is_harmless(self, h_q, page, others):
+        lengths = [5, 0, 900, 300, *[7] * others]
+        problem = problems.make_problem(self.rng, lengths, h_q=h_q, page=page)
         metadata = jax_flashmla.get_mla_metadata(problem.cache_seqlens, h_q, 1)
         bounds = np.iinfo(np.int32)
         edges = bounds.min, -1, 0, 1, 2, bounds.max - 1, bounds.max

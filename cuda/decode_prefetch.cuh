@@ -1,0 +1,52 @@
+// Keys on their way into L2 while the kernel before is still at work.
+#pragma once
+
+#include "cuda/decode_copies.cuh"
+
+namespace jax_flashmla {
+
+// Reads what the kernel before may still be writing, and leaves no copy in the SM's cache.
+__device__ __forceinline__ int peek(const int32_t* at) {
+  int x;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(at) : "memory");
+  return x;
+}
+__device__ __forceinline__ int4 peek(const int4* at) {
+  int4 x;
+  asm volatile("ld.relaxed.gpu.global.v4.s32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(at)
+               : "memory");
+  return x;
+}
+
+// Has the keys of a CTA's first block brought into L2, by a thread that nobody waits for, before
+// `wait_for_kernel_before`. If the plan and the table are not yet what they will be, these are
+// other keys of the pool, or none: nothing but time depends on it. The same if keys are written
+// meanwhile, since all that writes or reads them goes through L2. `waited`: the copies themselves
+// have begun, and would only be held up.
+__device__ __forceinline__ void prefetch_keys(const KernelParams& p, const EmptyBarrier& waited) {
+  // With a window, only the length tells which block is the first.
+  if (p.h_kv != 1 || p.page_tokens < kBlock || p.sliding_window > 0) return;
+  int row, tile;  // of the plans of all groups
+  p.by_row_tiles(row, tile, static_cast<int>(blockIdx.x));
+  const int group = p.by_num_parts.div(row);
+  const int4 range = peek(reinterpret_cast<const int4*>(p.tile_scheduler_metadata) +
+                          static_cast<int64_t>(row) * (kMetadataColumns / 4));
+  const int seq = range.x;
+  // Row tiles share the keys: every other one takes the second block.
+  const uint32_t block = static_cast<uint32_t>(range.y) + tile % 2;
+  const uint32_t entry = block >> p.page_shift;
+  const bool mine = seq < range.z || (seq == range.z && block < static_cast<uint32_t>(range.w));
+  if (!mine || seq < 0 || seq >= p.batch || entry >= p.max_blocks) return;
+  const int64_t first_entry = (static_cast<int64_t>(group) * p.batch + seq) * p.max_blocks;
+  const int page = peek(p.block_table + first_entry + entry);
+  if (page < 0 || page >= p.num_blocks || waited.test_wait(0)) return;
+  const int64_t token = (static_cast<int64_t>(group) * p.num_blocks + page) * p.page_tokens +
+                        block_in_page(p, static_cast<int>(block)) * kBlock;
+  const char* const first = static_cast<const char*>(p.k_cache) + token * p.row_bytes;
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(first),
+               "r"(kBlock * p.row_bytes));
+}
+
+}  // namespace jax_flashmla
