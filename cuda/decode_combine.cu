@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(S::kThreads)
   __shared__ ManyMemory<S> smem;
   int slice;
   const Tile tile = find_tile(p, by_slices, blockIdx.x, slice);
-  combine_many<Element, S>(p, tile, slice, smem, [&] { return leave_or_wait(tile.whole); });
+  combine_many<Element, S>(p, tile, slice, smem, [&] { return leave_or_wait(tile.splits <= 1); });
 }
 
 // Where most have few: a CTA for a tile, or for a slice of it, unless it has many.
@@ -33,7 +33,7 @@ __device__ __forceinline__ void combine_tile(const KernelParams& p,
   using S = FewSplits;
   int slice;
   const Tile tile = find_tile(p, by_slices, unit, slice);
-  if (leave_or_wait(tile.whole || tile.splits > S::kMost)) return;
+  if (leave_or_wait(tile.splits <= 1 || tile.splits > S::kMost)) return;
   for (int first = (slice * S::kWarps + threadIdx.x / 32) * S::kVectors; first < kPartialStrips;
        first += by_slices.divisor * S::kWarps * S::kVectors) {
     combine_few<Element>(p, tile, first, threadIdx.x % 32);

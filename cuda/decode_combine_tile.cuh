@@ -26,9 +26,8 @@ __device__ __forceinline__ void store2(__half* target, float x, float y) {
 struct Tile {
   int64_t group_seq;
   int kv_head;
-  int row;     // the first
-  bool whole;  // the sequence was not split: nothing to do
-  int splits;
+  int row;               // the first
+  int splits;            // one or none: the sequence was not split, there is nothing to do
   const uint2* columns;  // of the first split
   const float* stats;
   int64_t step;  // tiles from one split to the next
@@ -39,15 +38,12 @@ __device__ __forceinline__ Tile find_tile(const KernelParams& p, int group, int6
                                           int kv_head, int number) {
   Tile tile;
   const int32_t* bounds = p.num_splits + group_seq + group;
-  const int begin = bounds[0];
-  const int end = bounds[1];
   tile.group_seq = group_seq;
   tile.kv_head = kv_head;
   tile.row = number * kPartialRows;
-  tile.whole = end - begin <= 1;
   // Any metadata keeps the kernel inside its buffers.
-  const int slot = min(max(begin, 0), p.slots);
-  tile.splits = min(end, p.slots) - slot;
+  const int slot = min(max(bounds[0], 0), p.slots);
+  tile.splits = min(max(bounds[1], slot), p.slots) - slot;
   tile.step = int64_t{p.h_kv} * p.partial_tiles();
   const int64_t first = (static_cast<int64_t>(group) * p.slots + slot) * tile.step +
                         kv_head * p.partial_tiles() + number;
