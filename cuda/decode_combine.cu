@@ -40,11 +40,11 @@ __device__ __forceinline__ void combine_tile(const KernelParams& p,
   }
 }
 
-// One sequence among them may be long. It goes on in as many partitions as it has splits, one after
-// the other. So for every so-many-th partition there is a CTA for each of its tiles, which has a
-// share of the slices if a sequence with many splits goes on in that partition, and else leaves.
+// One sequence among them may be long. Its splits are in as many partitions, one after the other.
+// So for every so-many-th partition there is a CTA for each tile, which has a share of the slices
+// if a sequence with many splits goes on in that partition, and else leaves.
 constexpr int kShareParts = 4;
-static_assert(kShareParts <= FewSplits::kMost, "a sequence with many splits is seen");
+static_assert(kShareParts <= FewSplits::kMost, "no sequence with many splits is missed");
 using SharedSplits = ManySplits<FewSplits::kWarps, 4, 4>;
 
 __host__ __device__ constexpr int shares_of_group(int num_parts) {

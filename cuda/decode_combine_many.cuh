@@ -5,7 +5,7 @@
 
 namespace jax_flashmla {
 
-// A CTA has `kVectors` strips. Each of its warps loads `kAhead` of its own at a
+// A CTA has `kVectors` strips. Each of its warps loads them of `kAhead` splits of its own at a
 // time; the weights of all of those are found meanwhile, a row and some splits a thread.
 template <int kWarps_, int kVectors_, int kAhead_>
 struct ManySplits {

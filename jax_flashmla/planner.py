@@ -17,7 +17,8 @@ position (end_seq, end_block), sequences in order. A position names a block by i
 index in it; (i, 0) is also the end of sequence i-1, and (b, 0) the end of everything. The end of p
 is the begin of p+1. A partition whose begin equals its end has nothing to do. A sequence of length
 0 has one position, (i, 0), and no split: nobody computes it. `begin_split` is the index,
-within begin_seq, of the split that p computes first; p's later sequences start at split 0.
+within begin_seq, of the split that p computes first; p's later sequences start at split 0. The
+splits of a sequence are in consecutive partitions.
 
 `num_splits [b + 1]`: exclusive prefix sum of the splits per sequence (at least 1, or 0 of an empty
 one): the splits of sequence i have the slots num_splits[i] to num_splits[i + 1] in a buffer of

@@ -66,6 +66,7 @@ def check_plan(test_case, lengths, metadata, num_splits, rows=16):
     splits = [0] * batch
     cost = np.zeros(parts, np.int64)
     shortest_split = [np.inf] * batch
+    begun_in = [[] for _ in lengths]  # by each partition in which a sequence goes on
     expected_begin = (0, 0)
     for part, (seq, block, end_seq, end_block, split, *_) in enumerate(metadata.tolist()):
         test_case.assertEqual((seq, block), expected_begin)
@@ -73,6 +74,8 @@ def check_plan(test_case, lengths, metadata, num_splits, rows=16):
         expected_begin = (end_seq, end_block)
         if seq < batch and (seq, block) < (end_seq, end_block):
             test_case.assertEqual(split, splits[seq])
+        if split > 0:
+            begun_in[seq].append(part - split)
         while (seq, block) < (end_seq, end_block):
             stop = end_block if seq == end_seq else blocks[seq]
             test_case.assertEqual(block, done[seq])
@@ -87,6 +90,8 @@ def check_plan(test_case, lengths, metadata, num_splits, rows=16):
     np.testing.assert_array_equal(num_splits, np.concatenate([[0], np.cumsum(splits)]))
     test_case.assertEqual([count >= 1 for count in splits], [count > 0 for count in blocks])
     test_case.assertLess(num_splits[-1], batch + parts)
+    for count, begun in zip(splits, begun_in, strict=True):
+        test_case.assertEqual(begun, begun[:1] * max(count - 1, 0))
 
     total = sum(b + overhead if b else 1 for b in blocks)
     mean = max(-(-total // parts), least)

@@ -28,6 +28,8 @@ CASES = [
     # Many splits, of few rows and of many, also more than are combined at a time.
     ([1300], 1, 16, 1, 20),
     ([2600], 1, 128, 1, 80),
+    # Many of one sequence among others.
+    ([5, 1300, 70], 1, 40, 1, 20),
     # Parts of a block a page and several blocks, in either kernel; a window.
     ([0, 1, 64, 65, 400], 1, 16, 1, 3, 16, 640),
     ([130, 0, 700], 1, 128, 1, 6, 32),
