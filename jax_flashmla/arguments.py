@@ -6,6 +6,7 @@ import operator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from jax_flashmla.planner import METADATA_COLUMNS
@@ -16,7 +17,8 @@ ROPE_DIM = 64  # the columns that are key only
 HEAD_DIM = LATENT_DIM + ROPE_DIM
 # Where nothing else says it, and what the plan counts in, whatever the pages of the cache.
 PAGE_BLOCK_SIZE = 64
-MOST_TOKENS = 2**30  # of a sequence: no table holds more
+MOST_TOKENS = 2**30  # of a sequence: tables hold less
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def array(name: str, value) -> jax.Array:
@@ -28,11 +30,28 @@ def array(name: str, value) -> jax.Array:
 
 
 def int32_array(name: str, value) -> jax.Array:
-    """`value` as an int32 array."""
+    """`value` as an int32 array. Of int64, which JAX makes int32 without a word, none may wrap."""
+    if isinstance(value, (list, tuple)) or getattr(value, "dtype", None) == np.int64:
+        _check_range(name, value)
     value = array(name, value)
     if value.dtype != jnp.int32:
         raise TypeError(f"{name}: expected dtype int32, got {value.dtype}")
     return value
+
+
+def _check_range(name, value):
+    if isinstance(value, jax.Array):  # under jax_enable_x64, where its dtype is refused
+        return
+    limits = np.iinfo(np.int32)
+    try:
+        value = np.asarray(value)
+    except (TypeError, ValueError):  # of traced numbers, or not an array at all
+        return
+    if value.dtype.kind in "iuO" and value.size:
+        least, most = value.min(), value.max()
+        if least < limits.min or most > limits.max:
+            wrong = most if most > limits.max else least
+            raise ValueError(f"{name}: expected numbers of 32 bits, got {wrong}")
 
 
 def positive_int(name: str, value) -> int:
@@ -65,13 +84,21 @@ def static_bool(name: str, value) -> bool:
     return value
 
 
-def static_finite_float(name: str, value) -> float:
-    """`value` as a finite Python float."""
+def static_float(name: str, value) -> float:
+    """`value` as a Python float; of numbers beyond float32's range, infinity."""
     if isinstance(value, (Tracer, bool)) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a static Python float, got {_kind(value)}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value}")
+    if abs(value) > FLOAT32_MAX:
+        return math.inf if value > 0 else -math.inf
     return float(value)
+
+
+def static_finite_float(name: str, value) -> float:
+    """`value` as a Python float that is finite in float32, too."""
+    number = static_float(name, value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: expected a finite number, in float32 too, got {value}")
+    return number
 
 
 def shape(name: str, value: jax.Array, expected: tuple[int | str, ...], given: str = "") -> None:
@@ -99,6 +126,17 @@ def table_and_lengths(block_table, cache_seqlens, groups, batch, given: str):
     cache_seqlens = int32_array("cache_seqlens", cache_seqlens)
     shape("cache_seqlens", cache_seqlens, (*groups, batch), given)
     return block_table, cache_seqlens
+
+
+def room(block_table: jax.Array, page_size: int) -> None:
+    """Raises if a row of the table has room for more tokens than can be counted."""
+    columns = block_table.shape[-1]
+    # An exported program does not know its columns yet.
+    if isinstance(columns, int) and columns * page_size >= MOST_TOKENS:
+        raise ValueError(
+            f"block_table: expected room for less than 2**30 tokens in a row, got max_blocks "
+            f"{columns} of {page_size}"
+        )
 
 
 def queries(q, tokens=("b", "s_q")) -> tuple[tuple[jax.Array, ...], bool]:
@@ -139,6 +177,8 @@ def plan(tile_scheduler_metadata, num_splits, groups, batch) -> tuple[jax.Array,
     tile_scheduler_metadata = int32_array(name, tile_scheduler_metadata)
     expected = (*groups, "num_sm_parts", METADATA_COLUMNS)
     shape(name, tile_scheduler_metadata, expected)
+    if tile_scheduler_metadata.shape[-2] == 0:
+        raise ValueError(f"{name}: expected at least one partition, got num_sm_parts 0")
     num_splits = int32_array("num_splits", num_splits)
     shape("num_splits", num_splits, (*groups, batch + 1), "b + 1")
     return tile_scheduler_metadata, num_splits

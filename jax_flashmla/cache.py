@@ -107,6 +107,8 @@ def append_kv_cache(
     block_table, cache_seqlens = arguments.table_and_lengths(
         block_table, cache_seqlens, groups, batch, f"b as {of}'s"
     )
+    if paged:
+        arguments.room(block_table, k_cache.shape[-3])
     if kind in FP8_FORMATS:
         new_kv = quantize_rows(new_kv, kind, k_scale, power_of_two_scales)
     if cu_seqlens_q is not None:
@@ -145,7 +147,7 @@ def _append_on_cpu(k_cache, new_kv, *table_and_lengths):
     """The same, row by row into an e4m3 cache: XLA:CPU scatters them through a float16 copy."""
     if k_cache.dtype != FP8_PER_TENSOR.dtype:
         return _append(k_cache, new_kv, *table_and_lengths)
-    if 0 in new_kv.shape:
+    if 0 in new_kv.shape or 0 in k_cache.shape:
         return (k_cache,)
     index, inside = _places(k_cache, new_kv, *table_and_lengths)
     index = [x.reshape(-1) for x in index]
@@ -154,7 +156,8 @@ def _append_on_cpu(k_cache, new_kv, *table_and_lengths):
 
     def write(i, pool):
         def update(pool):
-            return lax.dynamic_update_slice(pool, rows[i], (*(x[i] for x in index), 0, 0))
+            head = column = jnp.int32(0)  # not int64, whatever jax_enable_x64
+            return lax.dynamic_update_slice(pool, rows[i], (*(x[i] for x in index), head, column))
 
         return lax.cond(inside[i], update, lambda pool: pool, pool)
 
@@ -195,8 +198,9 @@ def _lowering(ctx, *operands, devices, append=_append):
 def _batcher(operands, dims, *, devices):
     """The mapped axis becomes one more group axis: every example has a pool of its own."""
     size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
+    mesh_axes = partition.mapped_axes(operands, dims)
     operands = [
-        jnp.broadcast_to(x, (size, *x.shape)) if d is None else jnp.moveaxis(x, d, 0)
+        partition.repeat(x, 0, size, mesh_axes) if d is None else jnp.moveaxis(x, d, 0)
         for x, d in zip(operands, dims, strict=True)
     ]
     return append_p.bind(*operands, devices=devices), [0]

@@ -140,6 +140,8 @@ def flash_mla_with_kvcache(
     block_table, cache_seqlens = arguments.table_and_lengths(
         block_table, cache_seqlens, groups, batch, f"b as {whose}"
     )
+    if paged:
+        arguments.room(block_table, k_cache.shape[-3])
     if packed:
         cache_seqlens = jnp.where(has_query, cache_seqlens, 0)
     if arguments.static_int("head_dim_v", head_dim_v) != LATENT_DIM:
@@ -229,10 +231,10 @@ def _decode_lowering(ctx, *operands, config, devices):
 def _batcher(operands, dims, *, config, devices):
     """Never touches the rows of the cache.
 
-    Cache mapped: the mapped axis becomes one more group axis. Cache not mapped: it is folded into
-    the batch, with the page table that an unpaged cache then needs, and the metadata, which was
-    planned for the batch of one example, is dropped. A scale of each example for a cache that they
-    share is of no use but possible: they are computed in turn.
+    Cache mapped: the mapped axis becomes one more group axis, where it stands if it is among them.
+    Cache not mapped: it is folded into the batch, with the page table that an unpaged cache then
+    needs, and the metadata, which was planned for the batch of one example, is dropped. A scale of
+    each example for a cache that they share is of no use but possible: they are computed in turn.
     """
     del devices
     q, (k_cache, k_scale, block_table, cache_seqlens), metadata = config.split_operands(operands)
@@ -240,51 +242,58 @@ def _batcher(operands, dims, *, config, devices):
     if k_dim is None and scale_dim is not None:
         return _in_turn(operands, dims, config), [0, 0]
     size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
+    mesh_axes = partition.mapped_axes(operands, dims)
 
     def to_axis(x, dim, axis):
         if x is None:
             return None
         if dim is None:
-            return jnp.broadcast_to(
-                jnp.expand_dims(x, axis), (*x.shape[:axis], size, *x.shape[axis:])
-            )
+            return partition.repeat(x, axis, size, mesh_axes)
         return jnp.moveaxis(x, dim, axis)
 
     if k_dim is not None:
+        axis = k_dim if k_dim <= k_cache.ndim - 5 else 0
         # Metadata shared by all examples is a plan for lengths shared by all.
         keep = all(dim is not None for dim in metadata_dims) or lengths_dim is None
         kept = zip(metadata, metadata_dims, strict=True) if keep else ()
         outs = _bind(
-            *(to_axis(x, dim, 0) for x, dim in zip(q, q_dims, strict=True)),
-            jnp.moveaxis(k_cache, k_dim, 0),
-            to_axis(k_scale, scale_dim, 0),
-            to_axis(block_table, table_dim, 0),
-            to_axis(cache_seqlens, lengths_dim, 0),
-            *(to_axis(x, dim, 0) for x, dim in kept),
+            *(to_axis(x, dim, axis) for x, dim in zip(q, q_dims, strict=True)),
+            jnp.moveaxis(k_cache, k_dim, axis),
+            to_axis(k_scale, scale_dim, axis),
+            to_axis(block_table, table_dim, axis),
+            to_axis(cache_seqlens, lengths_dim, axis),
+            *(to_axis(x, dim, axis) for x, dim in kept),
             config=dataclasses.replace(config, planned=config.planned and keep),
         )
-        return outs, [0, 0]
+        return outs, [axis, axis]
 
     if not config.paged:
         block_table = cache_layout.table_of_sequences(k_cache)
-    axis = k_cache.ndim - 4  # the batch follows the group axes
+    batch_axis = k_cache.ndim - 4  # it follows the group axes
+    q = [to_axis(x, dim, batch_axis) for x, dim in zip(q, q_dims, strict=True)]
+    # Of two axes that become one, a mesh can divide the first, or both.
+    q_spec = partition.spec_of(jax.typeof(q[0]))[batch_axis:]
+    batch_first = q_spec[0] is None and q_spec[1] is not None
 
-    def fold(x, dim):
-        x = to_axis(x, dim, axis)
-        return x.reshape(*x.shape[:axis], size * x.shape[axis + 1], *x.shape[axis + 2 :])
+    def fold(x):
+        if batch_first:
+            x = jnp.swapaxes(x, batch_axis, batch_axis + 1)
+        batch = x.shape[batch_axis] * x.shape[batch_axis + 1]
+        return x.reshape(*x.shape[:batch_axis], batch, *x.shape[batch_axis + 2 :])
 
     outs = _bind(
-        *(fold(x, dim) for x, dim in zip(q, q_dims, strict=True)),
+        *map(fold, q),
         k_cache,
         k_scale,
-        fold(block_table, table_dim),
-        fold(cache_seqlens, lengths_dim),
+        fold(to_axis(block_table, table_dim, batch_axis)),
+        fold(to_axis(cache_seqlens, lengths_dim, batch_axis)),
         config=dataclasses.replace(config, paged=True, planned=False),
     )
     example_lengths = [n for i, n in enumerate(cache_seqlens.shape) if i != lengths_dim]
-    batch = (size, example_lengths[-1])
-    outs = [out.reshape(*out.shape[:axis], *batch, *out.shape[axis + 1 :]) for out in outs]
-    return outs, [axis, axis]
+    batch = example_lengths[-1]
+    parts = (batch, size) if batch_first else (size, batch)
+    outs = [x.reshape(*x.shape[:batch_axis], *parts, *x.shape[batch_axis + 1 :]) for x in outs]
+    return outs, [batch_axis + batch_first] * 2
 
 
 def _in_turn(operands, dims, config):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 
@@ -184,6 +185,25 @@ def spec_of(aval) -> tuple:
     """The axes of the mesh that each axis is sharded over, `None` for none."""
     spec = tuple(aval.sharding.spec)
     return spec + (None,) * (len(aval.shape) - len(spec))
+
+
+def mapped_axes(operands: Sequence, dims: Sequence):
+    """The axes of the mesh that the mapped axis of a `vmap` is sharded over, `None` for none."""
+    specs = (
+        spec_of(jax.typeof(x))[d] for x, d in zip(operands, dims, strict=True) if d is not None
+    )
+    return next((entry for entry in specs if entry is not None), None)
+
+
+def repeat(x: jax.Array, axis: int, size: int, mesh_axes) -> jax.Array:
+    """What a `vmap` does not map, once for every example: a new axis, sharded like theirs."""
+    spec = list(spec_of(jax.typeof(x)))
+    spec.insert(axis, mesh_axes)
+    return jnp.broadcast_to(
+        jnp.expand_dims(x, axis),
+        (*x.shape[:axis], size, *x.shape[axis:]),
+        out_sharding=PartitionSpec(*spec) if any(spec) else None,
+    )
 
 
 def is_sharded(avals) -> bool:

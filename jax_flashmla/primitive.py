@@ -87,16 +87,27 @@ def result_aval(
     `spec` says how it is sharded over explicit mesh axes; by default it is not. Inside a
     `shard_map` it varies over every mesh axis that one of the operands varies over.
     """
-    kinds = [operand.manual_axis_type for operand in operands]
-    varying = frozenset().union(*(kind.varying for kind in kinds))
+    varying = frozenset().union(*(operand.manual_axis_type.varying for operand in operands))
     spec = PartitionSpec(*[None] * len(shape)) if spec is None else spec
-    return operands[0].update(
+    inner = _innermost(operands)
+    return inner.update(
         shape=shape,
         dtype=dtype,
         weak_type=False,
-        sharding=operands[0].sharding.update(spec=spec),
-        manual_axis_type=kinds[0].update(varying=varying),
+        sharding=inner.sharding.update(spec=spec),
+        manual_axis_type=inner.manual_axis_type.update(varying=varying),
     )
+
+
+def _innermost(avals):
+    """One that knows of all meshes: what the body of a `shard_map` closes over does not."""
+    return max(avals, key=lambda aval: len(_manual_axes(aval.sharding.mesh)))
+
+
+def _manual_axes(mesh) -> list[str]:
+    """Those that a `shard_map` around the operation has divided already."""
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return [name for name, kind in types if kind == AxisType.Manual]
 
 
 class _Devices(tuple):
@@ -134,7 +145,7 @@ def lower_on_mesh(ctx, operands, fun: Callable, rule: tuple[str, Sequence[str]],
         results)`; it may ask for other specs than it was given.
     """
     avals = ctx.avals_in
-    mesh = avals[0].sharding.mesh
+    mesh = _innermost(avals).sharding.mesh
     several = getattr(ctx.module_context.axis_context, "num_devices", 1) > 1
     if is_sharded(avals):
         fun = _over_explicit_axes(mesh, *divide([spec_of(aval) for aval in avals]))
@@ -145,13 +156,15 @@ def lower_on_mesh(ctx, operands, fun: Callable, rule: tuple[str, Sequence[str]],
 
 def _over_explicit_axes(mesh, part, in_specs, out_specs):
     """`part` on every device. Traced where operands have no shardings in their types."""
-    mesh = mesh.update_axis_types(dict.fromkeys(mesh.axis_names, AxisType.Auto))
+    axes = set(mesh.axis_names) - set(_manual_axes(mesh))
+    mesh = mesh.update_axis_types(dict.fromkeys(axes, AxisType.Auto))
+    specs = {"in_specs": in_specs, "out_specs": out_specs}
 
     def run(*operands):
         with jax.sharding.use_abstract_mesh(mesh):
-            return jax.shard_map(
-                part, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-            )(*operands)
+            return jax.shard_map(part, mesh=mesh, axis_names=axes, check_vma=False, **specs)(
+                *operands
+            )
 
     return run
 
@@ -184,7 +197,20 @@ def _bind(*args, primitive, params):
 
 
 def _apply_under_jit(primitive, *args, **params):
-    return _bind(*args, primitive=primitive, params=tuple(sorted(params.items())))
+    with jax.disable_jit(False):  # an operation has no other way to run
+        return _bind(*args, primitive=primitive, params=tuple(sorted(params.items())))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def without_derivative(name: str, x: jax.Array) -> jax.Array:
+    """`x`, on its way into operation `name`, which would drop its tangents without a word."""
+    del name
+    return x
+
+
+@without_derivative.defjvp
+def _without_derivative_jvp(name, primals, tangents):
+    _refuse_derivative(name, primals, tangents)
 
 
 def _refuse_derivative(name, primals, tangents, **params):

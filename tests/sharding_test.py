@@ -46,76 +46,6 @@ WAYS_TO_DIVIDE = parameterized.product(
 )
 
 
-class ShardMapTest(MeshTest):
-    """A plain call in the body of a shard_map: every device works on its part, alone."""
-
-    @parameterized.product(
-        spec=((("data",), "model"), (("data", "model"), None), ((), ("data", "model"))),
-        check_vma=(True, False),
-    )
-    def test_batch_and_heads(self, spec, check_vma):
-        mesh = make_mesh((2, 4), ("data", "model"))
-        problem = problems.make_problem(self.rng, self.rng.integers(0, 400, 8), s_q=2)
-        batch, heads = spec
-
-        def body(*operands):
-            metadata = get_mla_metadata(operands[-1], 2 * operands[0].shape[2], 1)
-            return flash_mla_with_kvcache(*operands, 512, *metadata, causal=True)
-
-        run = jax.jit(
-            jax.shard_map(
-                body,
-                mesh=mesh,
-                in_specs=(P(batch, None, heads), P(), P(batch), P(batch)),
-                out_specs=(P(batch, None, heads), P(batch, heads)),
-                check_vma=check_vma,
-            )
-        )
-        self.assertEqual(collectives(run.lower(*problem.arrays).compile()), [])
-        self.assert_close(run(*problem.arrays), oracle.decode(*problem.arrays, causal=True))
-
-    def test_data_parallel_pools(self):
-        # Group axes sharded over the devices: each has a pool of its own, with local page ids.
-        mesh = make_mesh((8,), ("data",))
-        parts = self.draw_pools(8)
-        grouped = problems.stack(parts)
-        new_kv = self.rng.standard_normal((8, 4, 1, 1, 576)).astype(jnp.bfloat16)
-
-        def body(q, k_cache, table, lengths, new_kv):
-            k_cache = append_kv_cache(k_cache, new_kv, table, lengths)
-            return k_cache, *flash_mla_with_kvcache(q, k_cache, table, lengths)
-
-        specs = P("data")
-        run = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=(specs,) * 5, out_specs=(specs,) * 3))
-        self.assertEqual(collectives(run.lower(*grouped.arrays, new_kv).compile()), [])
-        k_cache, *got = run(*grouped.arrays, new_kv)
-        for i, part in enumerate(parts):
-            want = oracle.decode(part.q, k_cache[i], part.block_table, part.cache_seqlens)
-            self.assert_close([x[i] for x in got], want)
-
-    def test_inside_scan_with_a_mesh_that_is_partly_manual(self):
-        mesh = make_mesh((2, 4), ("data", "model"))
-        problem = problems.make_problem(self.rng, [100, 0, 65, 300])
-
-        def body(*operands):
-            def layer(carry, _):
-                return carry, flash_mla_with_kvcache(*operands)
-
-            return lax.scan(layer, 0, length=2)[1]
-
-        run = jax.jit(
-            jax.shard_map(
-                body,
-                mesh=mesh,
-                in_specs=(P("data"), P(), P("data"), P("data")),
-                out_specs=(P(None, "data"), P(None, "data")),
-                axis_names={"data"},
-            )
-        )
-        got = run(*problem.arrays)
-        self.assert_close([x[1] for x in got], oracle.decode(*problem.arrays))
-
-
 class AutomaticTest(MeshTest):
     """Meshes with automatic axes: XLA propagates shardings through the program."""
 
@@ -241,6 +171,53 @@ class ExplicitTest(MeshTest):
         self.assertEqual(collectives(compiled), [])
         for i, part in enumerate(parts):
             self.assert_close([np.asarray(x)[i] for x in got], oracle.decode(*part.arrays))
+
+    @parameterized.parameters(
+        # Which operands are mapped; mesh axes of the mapped axis, and of the batch.
+        ((0, 0, None, 0), "model", None),
+        ((None, 0, 0, 0), "model", None),
+        ((0, 0, 0, None), "model", "data"),
+        ((0, None, None, None), None, "model"),
+        ((0, None, None, None), "model", "data"),
+        ((0, None, 0, 0), "model", None),
+        ((None, None, 0, None), None, "model"),
+    )
+    def test_vmap(self, in_axes, mapped, batch):
+        lengths = np.array([3, 0, 300, 64], np.int32)
+        parts = [problems.make_problem(self.rng, lengths) for _ in range(4)]
+        for part in parts[1:]:  # all tables are as good for all pools
+            part.block_table[:] = parts[0].block_table
+        if in_axes[1] is None:
+            for part in parts[1:]:
+                part.k_cache[:] = parts[0].k_cache
+        operands, specs = [], []
+        stacked = problems.stack(parts).arrays
+        for i, (x, axis) in enumerate(zip(stacked, in_axes, strict=True)):
+            of_batch = () if i == 1 else (batch,)
+            operands.append(x[0] if axis is None else x)
+            specs.append(of_batch if axis is None else (mapped, *of_batch))
+        operands = put(self.mesh, operands, specs)
+        run = jax.jit(jax.vmap(flash_mla_with_kvcache, in_axes))
+        with jax.set_mesh(self.mesh):
+            self.assertEqual(collectives(run.lower(*operands).compile()), [])
+            got = run(*operands)
+        for i in range(4):
+            example = [x[0] if a is None else x[i] for x, a in zip(stacked, in_axes, strict=True)]
+            self.assert_close([np.asarray(x)[i] for x in got], oracle.decode(*example))
+
+    def test_vmap_of_append(self):
+        mesh = make_mesh((4,), ("data",), AxisType.Explicit)
+        pools, rows = (
+            self.rng.standard_normal((4, *shape, 576)).astype(jnp.bfloat16)
+            for shape in ((3, 64, 1), (2, 1, 1))
+        )
+        table, lengths = np.array([[2, 0], [1, -1]], np.int32), np.array([65, 7], np.int32)
+        operands = put(mesh, (pools, rows, table, lengths), (("data",), ("data",), (), ()))
+        with jax.set_mesh(mesh):
+            got = jax.jit(jax.vmap(append_kv_cache, (0, 0, None, None)))(*operands)
+        for i in range(4):
+            want = append_kv_cache(pools[i], rows[i], table, lengths)
+            support.assert_same_bits(np.asarray(got)[i], want)
 
     def test_inside_scan(self):
         problem = problems.make_problem(self.rng, [3, 0, 200, 64])

@@ -29,6 +29,12 @@ class TransformsTest(absltest.TestCase):
     def test_jit_and_eager(self):
         self.assert_same(jax.jit(decode)(self.q, *self.rest))
 
+    def test_with_jit_disabled(self):
+        with jax.disable_jit():
+            self.assert_same(decode(self.q, *self.rest))
+            # Whatever else is traced in such a context stays so.
+            self.assert_same(jax.jit(decode)(self.q, *self.rest))
+
     def test_numpy_operands(self):
         self.assert_same(decode(np.asarray(self.q), *(np.asarray(x) for x in self.rest)))
 

@@ -136,6 +136,21 @@ class VmapTest(parameterized.TestCase):
         self.assert_same([x[0] for x in got], grouped)
         self.assert_same([x[1] for x in got], decode(args[0] * 2, *args[1:]))
 
+    def test_a_pool_is_not_copied_to_move_its_axis(self):
+        # Two axes of groups, of which the second is mapped, in one step or in two.
+        rng = np.random.default_rng()
+        (args, _), (more, _) = (make_examples(rng, (True,) * 4) for _ in range(2))
+        grouped = [jnp.stack([x, y], 1) for x, y in zip(args, more, strict=True)]
+        want = decode(*grouped)
+        for out_axes, fun in (
+            (1, jax.vmap(decode, in_axes=1, out_axes=1)),
+            (0, jax.vmap(jax.vmap(decode, in_axes=0), in_axes=1)),
+        ):
+            pool = (jaxpr := jax.make_jaxpr(fun)(*grouped).jaxpr).invars[1]
+            users = [eqn.primitive.name for eqn in jaxpr.eqns if pool in eqn.invars]
+            self.assertEqual(users, ["mla_decode"])
+            self.assert_same([jnp.moveaxis(x, out_axes, 1) for x in fun(*grouped)], want)
+
     def test_never_copies_a_shared_pool(self):
         args, _ = make_examples(np.random.default_rng(), (True, False, True, True))
         jaxpr = jax.make_jaxpr(jax.vmap(decode, (0, None, 0, 0)))(*args)
