@@ -99,7 +99,13 @@ def append(
     pages = _pages(k_cache, block_table)
     options = {"k_scale": k_scale, "power_of_two_scales": power_of_two_scales}
     new_kv = arguments.array("new_kv", new_kv)
-    s_q = new_kv.shape[-3] if new_kv.ndim >= 4 else 0
+    *groups, _, _, h_kv, _ = k_cache.shape
+    expected = (*groups, "b", "s_q", h_kv, HEAD_DIM)
+    arguments.shape("new_kv", new_kv, expected, "group axes and h_kv as k_cache's")
+    cache_seqlens = arguments.int32_array("cache_seqlens", cache_seqlens)
+    s_q = new_kv.shape[-3]
+    if s_q == 0:  # nothing to write, but something to check
+        return append_kv_cache(k_cache, new_kv, block_table, cache_seqlens, **options)
     for token in range(s_q):
         end = cache_seqlens - (s_q - 1 - token)
         have, had = (
@@ -151,12 +157,12 @@ def decode(
     """
     pages = _pages(k_cache, block_table)
     options = {"softmax_scale": softmax_scale, "implementation": implementation}
-    s_q = (q[0] if isinstance(q, (tuple, list)) else q).shape[-3]
+    s_q = arguments.queries(q)[0][0].shape[-3]
     cache_seqlens = arguments.int32_array("cache_seqlens", cache_seqlens)
     hidden = s_q - 1 if arguments.static_bool("causal", causal) else 0
     # As decode does with a length that the table has no room for.
     capacity = lax.axis_size(axis_name) * pages["max_blocks"] * pages["page_block_size"]
-    cache_seqlens = jnp.minimum(cache_seqlens, capacity)
+    cache_seqlens = jnp.clip(cache_seqlens, 0, capacity)
     # Every token of a sequence sees its first keys; which of the last `hidden` each sees depends on
     # where they lie, which no causal mask of one device can say.
     tokens = cache_seqlens[..., None] - jnp.arange(hidden, -1, -1, dtype=jnp.int32)

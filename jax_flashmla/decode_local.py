@@ -87,7 +87,8 @@ def _merge_leading_axes(tree):
 
 
 def _xla_lowering(walk):
-    return lower_as_jax(functools.partial(_decode_local_xla, walk=walk))
+    lowering = lower_as_jax(functools.partial(_decode_local_xla, walk=walk))
+    return native.refuse_cuda_elsewhere(lowering)
 
 
 def partial_types(slots, rows):

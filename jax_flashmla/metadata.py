@@ -97,6 +97,7 @@ def _seen(cache_seqlens, window):
 
     With several causal query tokens it may be a block more, which a plan need not know.
     """
+    cache_seqlens = jnp.maximum(cache_seqlens, 0)  # from the least of int32 nothing is subtracted
     beyond = jnp.maximum(cache_seqlens - window, 0)
     return cache_seqlens - beyond // planner.BLOCK_TOKENS * planner.BLOCK_TOKENS
 
@@ -178,7 +179,7 @@ def _cuda_lowering(ctx, cache_seqlens, *, config):
 plan_local_p = define_primitive(
     "mla_metadata_local",
     abstract=_abstract,
-    lowering=_xla_lowering,
+    lowering=native.refuse_cuda_elsewhere(_xla_lowering),
     platform_lowerings={"cuda": _cuda_lowering},
 )
 plan_p = define_primitive(

@@ -101,6 +101,21 @@ def check_implementation(operation: str, implementation: str | None) -> None:
             raise RuntimeError(f'implementation="cuda" cannot run: {reason}')
 
 
+def refuse_cuda_elsewhere(lowering):
+    """A lowering for other platforms: `implementation="cuda"` may not end there."""
+
+    def refusing(ctx, *operands, config):
+        if config.implementation == "cuda":
+            platforms = ", ".join(ctx.module_context.platforms)
+            raise RuntimeError(
+                'implementation="cuda" cannot run: the program is compiled for '
+                f"{platforms}; give it operands on the GPU, or another implementation"
+            )
+        return lowering(ctx, *operands, config=config)
+
+    return refusing
+
+
 def chosen_implementation(operation: str, implementation: str | None = None) -> str:
     """What `implementation` means on the CUDA platform, or for the default backend."""
     if implementation is not None:

@@ -19,6 +19,7 @@ from jax_flashmla.cache_formats import (
     format_of,
 )
 from jax_flashmla.cache_layout import check_scale
+from jax_flashmla.primitive import without_derivative
 
 ROW_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 # The smallest scale: with it the smallest e4m3 value, 2**-9, is float32's smallest normal number,
@@ -140,6 +141,7 @@ def quantize_rows(rows, format, k_scale=None, power_of_two_scales=False):
     """Rows `[*G, .., 576]` in an FP8 format; `k_scale [*G]` is that of `FP8_PER_TENSOR`."""
     if format.scale_per_cache:
         return _to_e4m3(rows.astype(jnp.float32), _beside(k_scale, rows))
+    rows = without_derivative(f"quantization to {format}", rows)
     *leading, _ = rows.shape
     blocks = rows[..., :LATENT_DIM].astype(jnp.float32)
     blocks = blocks.reshape(*leading, format.scales_per_row, format.scale_block)

@@ -1,6 +1,7 @@
 """The adapters of `jax_flashmla.compat`, against float64 and with everything else poisoned."""
 
 import dataclasses
+import functools
 import inspect
 import itertools
 
@@ -154,6 +155,15 @@ class CompatTest(parameterized.TestCase):
         np.testing.assert_array_equal(out, 0)
         support.assert_same_bits(cache, batch.operands[4])
 
+    @parameterized.product(name=tuple(ADAPTERS), most=(None, 2))
+    def test_no_token(self, name, most):
+        options = {} if most is None or name != "sglang_jax" else {"mixed_static_q_len": most}
+        batch = draw_batch(self.rng, name, BATCHES["decode"])
+        operands = [x[:0] if i < 4 else x for i, x in enumerate(batch.operands)]
+        out, cache = jax.jit(functools.partial(ADAPTERS[name], **options))(*operands)
+        self.assertEqual(out.shape, (0, *batch.operands[0].shape[1:]))
+        support.assert_same_bits(cache, batch.operands[4])
+
     @parameterized.parameters(*ADAPTERS)
     def test_tuning_makes_no_difference(self, name):
         batch = draw_batch(self.rng, name, BATCHES["speculative"])
@@ -240,6 +250,8 @@ class ErrorsTest(parameterized.TestCase):
                 ValueError,
                 r"q_pe: expected shape \[4, 6, 64\] \(T and h_q as ql_n",
             ),
+            (0, (6, 0, 512), None, ValueError, "ql_nope: expected at least one head, got h_q 0"),
+            (4, (0, 8, 2, 640), None, ValueError, "cache_kv: expected at least one page, got pa"),
             (1, (6, 4, 128), None, ValueError, r"q_pe: expected shape \[6, 4, 64\]"),
             (2, (5, 512), None, ValueError, r"new_kv_c: expected shape \[6, 512\] \(T as ql_nope"),
             (3, (6, 64), "float16", TypeError, "new_k_pe: expected ql_nope's dtype bfloat16, got"),
@@ -277,6 +289,12 @@ class ErrorsTest(parameterized.TestCase):
         case=(
             (dict(debug_mode=True), ValueError, "debug_mode: expected False, got True"),
             (dict(mask_value=0.0), ValueError, "mask_value: expected None or at most -10000"),
+            (dict(mask_value="-inf"), TypeError, "mask_value: expected a static Python float"),
+            (
+                dict(sm_scale=1e30, k_scale=1e30),
+                ValueError,
+                "sm_scale: expected a finite number, in float32 too, with q_scale and k_scale",
+            ),
             (dict(soft_cap=0.0), ValueError, "soft_cap: expected a positive number, got 0.0"),
             (dict(sliding_window=0), ValueError, "sliding_window: expected a positive integer"),
             (dict(k_scale=float("nan")), ValueError, "k_scale: expected a finite number"),
@@ -303,7 +321,7 @@ class ErrorsTest(parameterized.TestCase):
         check("tpu_inference", ValueError, message, (6, (11,)))
         message = r"cu_kv_lens: expected shape \[4\] \(as cu_q_lens's\), got \[3\]"
         check("sglang_jax", ValueError, message, (8, (3,)))
-        message = "max_seqlen_q: expected a positive integer, got 0"
+        message = "mixed_static_q_len: expected a positive integer, got 0"
         check("sglang_jax", ValueError, message, mixed_static_q_len=0)
 
 

@@ -147,6 +147,10 @@ class ContextParallelTest(MeshTest):
         longer = problem.cache_seqlens + np.array([1, 1000, 0], np.int32)
         got = run(problem.q, pools, tables, longer)
         self.assert_close(got, oracle.decode(*problem.arrays, causal=True))
+        least = np.iinfo(np.int32).min
+        out, lse = run(problem.q, pools, tables, np.array([least, least + 5, -1], np.int32))
+        self.assertFalse(np.asarray(out, np.float32).any())
+        self.assertTrue(np.isneginf(lse).all())
 
     def test_an_unpaged_cache_is_refused(self):
         q, k_cache = (
@@ -159,6 +163,37 @@ class ContextParallelTest(MeshTest):
         with self.assertRaisesRegex(ValueError, message):
             rows = jnp.zeros((2, 1, 1, 576), jnp.bfloat16)
             context_parallel.append(k_cache, rows, None, jnp.zeros(2, jnp.int32), axis_name="x")
+
+    @parameterized.parameters(
+        ({"new_kv": (2, 1, 576)}, ValueError, r"new_kv: expected shape \[b, s_q, 1, 576\]"),
+        ({"new_kv": ()}, ValueError, r"new_kv: expected shape \[b, s_q, 1, 576\]"),
+        ({"new_kv": (2, 1, 2, 576)}, ValueError, r"new_kv: expected shape \[b, s_q, 1, 576\]"),
+        ({"new_kv": (3, 1, 1, 576)}, ValueError, r"block_table: expected shape \[3, max_blocks\]"),
+        ({"dtype": jnp.float32}, TypeError, "new_kv: expected k_cache's dtype bfloat16, got"),
+        (
+            {"new_kv": (2, 0, 1, 576), "dtype": jnp.float32},
+            TypeError,
+            "new_kv: expected k_cache's dtype bfloat16, got",
+        ),
+        ({"q": (2, 4, 576)}, ValueError, r"q: expected shape \[\*G, b, s_q, h_q, 576\]"),
+        ({"q": (576,)}, ValueError, r"q: expected shape \[\*G, b, s_q, h_q, 576\]"),
+        ({"lengths": "text"}, TypeError, "cache_seqlens: expected an array, got str"),
+    )
+    def test_bad_input(self, change, error, message):
+        pools = jnp.zeros((8, 3, 64, 1, 576), jnp.bfloat16)
+        table = jnp.zeros((2, 2), jnp.int32)
+        new_kv = jnp.zeros(change.get("new_kv", (2, 1, 1, 576)), change.get("dtype", pools.dtype))
+        q = jnp.zeros(change.get("q", (2, 1, 4, 576)), pools.dtype)
+        lengths = change.get("lengths", [1, 2])
+
+        def body(pools):
+            pool = context_parallel.append(pools[0], new_kv, table, lengths, axis_name="x")
+            return context_parallel.decode(q, pool, table, lengths, axis_name="x", causal=True)
+
+        mesh = make_mesh((8,), ("x",))
+        run = jax.shard_map(body, mesh=mesh, in_specs=P("x"), out_specs=P())
+        with self.assertRaisesRegex(error, message):
+            jax.eval_shape(run, pools)
 
     def test_bad_page_size(self):
         with self.assertRaisesRegex(

@@ -1,5 +1,7 @@
 """Every message: the argument's name, what was expected, what came."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -161,11 +163,37 @@ DECODE_ERRORS = [
         TypeError,
         "tile_scheduler_metadata: expected dtype int32",
     ),
+    (
+        dict(tile_scheduler_metadata=ints((0, 8)), num_splits=ints((3,))),
+        ValueError,
+        "tile_scheduler_metadata: expected at least one partition, got num_sm_parts 0",
+    ),
+    # numbers that do not fit int32, and would name another page
+    (
+        dict(block_table=np.array([[2**32 + 1, 0], [1, 2]])),
+        ValueError,
+        "block_table: expected numbers of 32 bits, got 4294967297",
+    ),
+    (
+        dict(cache_seqlens=np.array([5, -(2**31) - 1])),
+        ValueError,
+        "cache_seqlens: expected numbers of 32 bits, got -2147483649",
+    ),
+    (dict(cache_seqlens=[2**31, 5]), ValueError, "cache_seqlens: .* 32 bits, got 2147483648"),
+    (dict(cache_seqlens=[2**70, 5]), ValueError, "cache_seqlens: .* 32 bits, got 11805916207"),
+    (dict(cache_seqlens=[0.5, 5]), TypeError, "cache_seqlens: expected dtype int32, got float32"),
+    (
+        dict(block_table=ints((2, 2**24))),
+        ValueError,
+        r"block_table: expected room for less than 2\*\*30 tokens in a row, got .* 16777216 of 64",
+    ),
     # static
     (dict(head_dim_v=256), ValueError, "head_dim_v: expected 512, got 256"),
     (dict(head_dim_v="512"), TypeError, "head_dim_v: expected a static Python integer, got str"),
     (dict(softmax_scale="1"), TypeError, "softmax_scale: expected a static Python float, got str"),
     (dict(softmax_scale=float("nan")), ValueError, "softmax_scale: expected a finite number"),
+    (dict(softmax_scale=1e39), ValueError, r"softmax_scale: .* in float32 too, got 1e\+39"),
+    (dict(softmax_scale=10**400), ValueError, "softmax_scale: expected a finite number"),
     (dict(causal=1), TypeError, "causal: expected a static Python bool, got int 1"),
     (dict(implementation="triton"), ValueError, 'expected None, "cuda" or "xla", got \'triton\''),
 ]
@@ -248,6 +276,11 @@ class ErrorsTest(parameterized.TestCase):
         with self.assertRaisesRegex(NotImplementedError, message):
             jax.jit(jax.vmap(jax.grad(loss), (0, None)))(q[None], k_cache)
 
+    def test_int64_that_fits(self):
+        change = dict(cache_seqlens=np.array([5, 6]), block_table=[[0, 1], [2, 0]])
+        decoded = flash_mla_with_kvcache(**(VALID | change))
+        np.testing.assert_allclose(decoded[1], np.log([[[5]] * 4, [[6]] * 4]), rtol=1e-6)
+
     def test_derivatives_of_everything_around_it_work(self):
         def loss(x, q):
             out, _ = flash_mla_with_kvcache(**(VALID | dict(q=q)))
@@ -266,6 +299,19 @@ class ErrorsTest(parameterized.TestCase):
             else:
                 flash_mla_with_kvcache(**VALID, implementation="cuda")
         self.assertEqual(str(raised.exception), f'implementation="cuda" cannot run: {reason}')
+
+    @parameterized.parameters("plan", "decode")
+    def test_cuda_in_a_program_for_another_platform(self, operation):
+        def run():
+            if operation == "plan":
+                return get_mla_metadata(LENGTHS, 16, 1, implementation="cuda")
+            return flash_mla_with_kvcache(**VALID, implementation="cuda")
+
+        message = 'implementation="cuda" cannot run: the program is compiled for cpu; give it'
+        self.enterContext(mock.patch.object(native, "why_no_kernel", return_value=None))
+        self.enterContext(jax.default_device(jax.devices("cpu")[0]))
+        with self.assertRaisesRegex(RuntimeError, message):
+            jax.jit(run).lower()
 
     def test_show_config(self):
         with self.assertRaisesRegex(ValueError, 'mode: expected "stdout" or "dicts", got \'json\''):

@@ -231,6 +231,24 @@ class PagedTest(Fp8Test):
         got = append(problem.k_cache, new_kv, *problem.arrays[2:], k_scale=problem.k_scale)
         fp8.assert_same_bytes(got, fp8.append(problem, name, new_kv))
 
+    @BOTH
+    def test_append_under_x64(self, name):
+        problem = fp8.make_problem(self.rng, [100, 65, 0], name, s_q=2)
+        new_kv = fp8.draw_rows(self.rng, problem)
+        with jax.enable_x64(True):
+            got = append(problem.k_cache, new_kv, *problem.arrays[2:], k_scale=problem.k_scale)
+        fp8.assert_same_bytes(got, fp8.append(problem, name, new_kv))
+
+    @BOTH
+    def test_append_to_a_pool_without_a_page(self, name):
+        kind = fp8.FORMATS[name]
+        k_cache = jnp.zeros((0, 64, 1, kind.row_width), kind.dtype)
+        new_kv = jnp.ones((2, 1, 1, 576), jnp.bfloat16)
+        table, lengths = jnp.zeros((2, 2), jnp.int32), jnp.array([1, 65], jnp.int32)
+        k_scale = 1.0 if kind.scale_per_cache else None
+        got = append(k_cache, new_kv, table, lengths, k_scale=k_scale)
+        self.assertEqual((got.shape, got.dtype), (k_cache.shape, k_cache.dtype))
+
     @parameterized.product(name=NAMES, unpaged=(False, True))
     def test_an_empty_batch(self, name, unpaged):
         kind = fp8.FORMATS[name]

@@ -7,7 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from jax_flashmla import append_kv_cache, flash_mla_with_kvcache
+from jax_flashmla import (
+    FP8_BLOCK,
+    append_kv_cache,
+    flash_mla_with_kvcache,
+    quantize_kv_cache,
+)
 
 BF16 = jnp.bfloat16
 E4M3 = dict(k_cache=jnp.zeros((3, 64, 2, 576), jnp.float8_e4m3fn), k_scale=jnp.float32(1))
@@ -124,6 +129,26 @@ class ErrorsTest(parameterized.TestCase):
 
         with self.assertRaisesRegex(NotImplementedError, "mla_decode has no derivative"):
             jax.grad(loss)(jnp.float32(1))
+
+    def test_derivatives_of_what_becomes_bytes_are_refused(self):
+        one_token = dict(cache_seqlens=jnp.ones(2, jnp.int32))
+        append, decode = APPEND | BYTES | one_token, DECODE | one_token
+
+        def of_append(new_kv):
+            k_cache = append_kv_cache(**(append | dict(new_kv=new_kv)))
+            return flash_mla_with_kvcache(**decode, k_cache=k_cache)[1].sum()
+
+        def of_quantize(kv):
+            k_cache, _ = quantize_kv_cache(kv, FP8_BLOCK)
+            return flash_mla_with_kvcache(**decode, k_cache=k_cache)[1].sum()
+
+        message = "quantization to fp8_block has no derivative"
+        for loss, shape in ((of_append, (2, 1, 2, 576)), (of_quantize, (3, 64, 2, 576))):
+            rows = jnp.ones(shape)
+            self.assertTrue(np.isfinite(jax.jit(jax.vmap(loss))(rows[None])).all())
+            for grad in (jax.grad(loss), jax.jit(jax.grad(loss))):
+                with self.assertRaisesRegex(NotImplementedError, message):
+                    grad(rows)
 
     def test_traced_while_lowering(self):
         step = functools.partial(flash_mla_with_kvcache, **DECODE)

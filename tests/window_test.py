@@ -95,6 +95,13 @@ class WindowTest(parameterized.TestCase):
         for x, y in zip(plan, want, strict=True):
             np.testing.assert_array_equal(x, y)
 
+    def test_a_plan_for_a_window_of_lengths_below_zero(self):
+        lengths = np.array([np.iinfo(np.int32).min, -1, 100], np.int32)
+        plan = get_mla_metadata(lengths, 16, 1, sliding_window=10)
+        want = get_mla_metadata(np.array([0, 0, 100 - 64], np.int32), 16, 1)
+        for x, y in zip(plan, want, strict=True):
+            np.testing.assert_array_equal(x, y)
+
     @parameterized.product(cap=(0.5, 30.0), h_q=(16, 64), softmax_scale=(576**-0.5, -0.3))
     def test_soft_cap(self, cap, h_q, softmax_scale):
         problem = self.problem((0, 1, 64, 700), s_q=2, h_q=h_q)
@@ -104,8 +111,8 @@ class WindowTest(parameterized.TestCase):
 
     def test_soft_cap_of_large_scores(self):
         problem = self.problem((0, 1, 64, 700))
-        # The cap hides no error of a score near zero, and the lse of one key is its score: the scale
-        # times one rounding of float32 at |q| |k|, which is about 576 (seen: a twentieth of it).
+        # The cap hides no error of a score near zero, and the lse of one key is its score: the
+        # scale times a rounding of float32 at |q| |k|, about 576 (seen: a twentieth of that).
         slack = 100.0 * 2.0**-24 * 576
         self.check(problem, lse_slack=slack, softmax_scale=100.0, logits_soft_cap=2.0)
 

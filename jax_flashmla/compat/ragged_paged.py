@@ -72,9 +72,13 @@ def append_and_attend(
     for name, factor in (("sm_scale", sm_scale), ("q_scale", q_scale), ("k_scale", k_scale)):
         if factor is not None:
             scale *= arguments.static_finite_float(name, factor)
+    if abs(scale) > arguments.FLOAT32_MAX:
+        raise ValueError(
+            "sm_scale: expected a finite number, in float32 too, with q_scale and k_scale, got more"
+        )
     if soft_cap is not None and arguments.static_finite_float("soft_cap", soft_cap) <= 0:
         raise ValueError(f"soft_cap: expected a positive number, got {soft_cap}")
-    if mask_value is not None and not mask_value <= NEVER:
+    if mask_value is not None and not arguments.static_float("mask_value", mask_value) <= NEVER:
         raise ValueError(
             f"mask_value: expected None or at most {NEVER:g} (masked keys weigh nothing here), "
             f"got {mask_value}"
@@ -83,6 +87,8 @@ def append_and_attend(
         raise ValueError("debug_mode: expected False, got True: there is no such mode here")
 
     count, total = kv_lens.shape[0], ql_nope.shape[0]
+    if total == 0:
+        return ql_nope, cache_kv
     sequences = jnp.clip(distribution[2], 0, count)
     cuts = jnp.where(jnp.arange(count + 1) <= sequences, cu_q_lens, cu_q_lens[sequences])
     pages, words, packing, width = cache_kv.shape
@@ -132,6 +138,8 @@ def check_operands(
         raise TypeError(f"ql_nope: expected dtype bfloat16 or float16, got {ql_nope.dtype}")
     tokens, heads = ql_nope.shape[:2] if ql_nope.ndim == 3 else ("T", "h_q")
     arguments.shape("ql_nope", ql_nope, (tokens, heads, LATENT_DIM))
+    if heads == 0:
+        raise ValueError("ql_nope: expected at least one head, got h_q 0")
     rows = []
     for name, value, shape, given in (
         ("q_pe", q_pe, (tokens, heads, ROPE_DIM), "T and h_q as ql_nope's"),
@@ -144,7 +152,9 @@ def check_operands(
             raise TypeError(f"{name}: expected ql_nope's dtype {ql_nope.dtype}, got {value.dtype}")
         arguments.shape(name, value, shape, given)
         rows.append(value)
-    _, words, packing, _ = rows[-1].shape
+    pages, words, packing, _ = rows[-1].shape
+    if pages == 0:
+        raise ValueError("cache_kv: expected at least one page, got pages 0")
     cache_layout.check_page_size("cache_kv", words * packing)
     kv_lens = arguments.int32_array("kv_lens", kv_lens)
     arguments.shape("kv_lens", kv_lens, ("n",))

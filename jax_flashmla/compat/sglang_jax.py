@@ -92,5 +92,9 @@ def mla_ragged_paged_attention(
         k_scale=k_scale,
         v_scale=v_scale,
         debug_mode=debug_mode,
-        max_seqlen_q=mixed_static_q_len,
+        max_seqlen_q=(
+            mixed_static_q_len
+            if mixed_static_q_len is None
+            else arguments.positive_int("mixed_static_q_len", mixed_static_q_len)
+        ),
     )
