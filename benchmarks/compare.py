@@ -15,7 +15,7 @@ from benchmarks import report
 # What says which case a row is; the rest of a row was measured.
 IDENTITY = (
     *("what", "batch", "s_q", "heads", "tokens", "seqlens", "table_tokens", "dtype"),
-    *("layout", "context", "implementation"),
+    *("layout", "context", "implementation", "format"),
 )
 # Of rows that do not say: older ones of decode. In the name of a case it is left out.
 DEFAULTS = {"dtype": "bfloat16"}

@@ -31,7 +31,7 @@ SECTIONS = (
     *("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "WarpStateStats"),
     "LaunchStats",
 )
-KERNELS = "narrow_kernel|split_kernel|combine_few|combine_many"
+KERNELS = "narrow_kernel|split_kernel|combine_tiles|combine_slices"
 
 
 def decode_once(batch, s_q, heads, seqlens):

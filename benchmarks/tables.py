@@ -213,7 +213,7 @@ def layouts():
     found = {
         (row["layout"], row["batch"], row["heads"], row["tokens"]): f"{row['over_base']:.3f}"
         for row in rows
-        if row["over_base"] != 1
+        if row["layout"] != "pages of 64"  # what the others are compared with
     }
     names = dict.fromkeys(layout for layout, *_ in found)
     cells = [[name, *(found.get((name, *shape), "") for shape in shapes)] for name in names]

@@ -1,4 +1,4 @@
-// The copies that loaders of both split kernels issue: queries and keys, by the copy engine. One
+// The copies that loaders of the split kernels issue: queries and keys, by the copy engine. One
 // thread each, since the issue of a copy by several lanes of a warp is slow.
 #pragma once
 

@@ -1,4 +1,4 @@
-// What both split kernels share, work items and rings, and what the roles of the wide one share:
+// What the split kernels share, work items and rings, and what the roles of the wide one share:
 // the shared memory plan, the barriers.
 #pragma once
 

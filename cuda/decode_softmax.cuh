@@ -1,4 +1,4 @@
-// What the softmax of both split kernels shares.
+// What the softmax of the split kernels shares.
 #pragma once
 
 #include <cfloat>

@@ -66,7 +66,8 @@ def flash_mla_with_kvcache(
       sliding_window: of the keys that a query may see, it sees the last so many. Pages that no
         query sees are not read. Plan with the same: `get_mla_metadata(.., sliding_window=..)`.
       logits_soft_cap: scaled scores `s` become `cap * tanh(s / cap)`, as in Gemma 2 (arXiv
-        2408.00118).
+        2408.00118). In the CUDA kernels they are good to some 2**-22 of the cap: `None`, not a huge
+        number, means no cap.
       cu_seqlens_q: `[*G, b + 1]` int32: the queries of sequence `i` are `cu_seqlens_q[i]` to
         `cu_seqlens_q[i + 1]` of the packed ones, and the last tokens of the sequence; none, one or
         more. A sequence without queries is not read. Entries are clamped to `[0, total]`.

@@ -17,7 +17,7 @@ OUTPUT = f"""==PROF== Connected to process 1
 {SPLIT},"Speed Of Light","Duration","us","16.10",""
 {SPLIT},"Speed Of Light","DRAM Throughput","%","51.3",""
 {SPLIT},"Speed Of Light","","","","Low, they say."
-"1","void a::combine_few<b::bf>(a::P)","Launch","Threads","","1,024",""
+"1","void a::combine_tiles<b::bf>(a::P)","Launch","Threads","","1,024",""
 """
 
 
@@ -26,7 +26,7 @@ class CountersTest(absltest.TestCase):
         split, combine = counters.parse(OUTPUT)
         self.assertEqual(split["kernel"], "split_kernel")
         self.assertEqual(split["counters"], {"Duration": "16.10 us", "DRAM Throughput": "51.3 %"})
-        self.assertEqual(combine["kernel"], "combine_few")
+        self.assertEqual(combine["kernel"], "combine_tiles")
         self.assertEqual(combine["counters"], {"Threads": "1,024"})
 
     def test_nothing_watched(self):

@@ -91,6 +91,9 @@ class CompareTest(parameterized.TestCase):
             if path.name in ("bars.json", "counters.json") or path.name.startswith("fp8_"):
                 continue
             self.assertIsNone(self.compare(str(path), str(path))[1])
+            rows = json.loads(path.read_text())["rows"]
+            timed = [compare.identity(row) for row in rows if compare.times(row)]
+            self.assertLen(timed, len(set(timed)), path.name)  # none hides another
 
 
 if __name__ == "__main__":

@@ -60,8 +60,8 @@ def _configure(config_settings):
     settings = dict(config_settings or {})
     if not wants_cuda():
         print(
-            "jax_flashmla: no nvcc and no NVIDIA driver (or JAX_FLASHMLA_CUDA=off): installing "
-            "without CUDA kernels; everything runs through XLA.",
+            "jax_flashmla: no nvcc and no NVIDIA driver for CUDA 13 (or JAX_FLASHMLA_CUDA=off): "
+            "installing without CUDA kernels; everything runs through XLA.",
             file=sys.stderr,
         )
         return {**settings, "wheel.cmake": "false", "wheel.py-api": "py3"}
