@@ -87,8 +87,13 @@ def _merge_leading_axes(tree):
 
 
 def _xla_lowering(walk):
-    lowering = lower_as_jax(functools.partial(_decode_local_xla, walk=walk))
-    return native.refuse_cuda_elsewhere(lowering)
+    lower = lower_as_jax(functools.partial(_decode_local_xla, walk=walk))
+
+    def lowering(ctx, *operands, config):
+        native.check_platforms(config.implementation, ctx.module_context.platforms)
+        return lower(ctx, *operands, config=config)
+
+    return lowering
 
 
 def partial_types(slots, rows):

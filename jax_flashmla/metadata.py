@@ -161,7 +161,12 @@ def _plan_local_xla(cache_seqlens, *, config):
     return jax.vmap(plan)(cache_seqlens)
 
 
-_xla_lowering = lower_as_jax(_plan_local_xla)
+_lower_as_jax = lower_as_jax(_plan_local_xla)
+
+
+def _xla_lowering(ctx, cache_seqlens, *, config):
+    native.check_platforms(config.implementation, ctx.module_context.platforms)
+    return _lower_as_jax(ctx, cache_seqlens, config=config)
 
 
 def _cuda_lowering(ctx, cache_seqlens, *, config):
@@ -179,7 +184,7 @@ def _cuda_lowering(ctx, cache_seqlens, *, config):
 plan_local_p = define_primitive(
     "mla_metadata_local",
     abstract=_abstract,
-    lowering=native.refuse_cuda_elsewhere(_xla_lowering),
+    lowering=_xla_lowering,
     platform_lowerings={"cuda": _cuda_lowering},
 )
 plan_p = define_primitive(

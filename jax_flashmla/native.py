@@ -101,19 +101,13 @@ def check_implementation(operation: str, implementation: str | None) -> None:
             raise RuntimeError(f'implementation="cuda" cannot run: {reason}')
 
 
-def refuse_cuda_elsewhere(lowering):
-    """A lowering for other platforms: `implementation="cuda"` may not end there."""
-
-    def refusing(ctx, *operands, config):
-        if config.implementation == "cuda":
-            platforms = ", ".join(ctx.module_context.platforms)
-            raise RuntimeError(
-                'implementation="cuda" cannot run: the program is compiled for '
-                f"{platforms}; give it operands on the GPU, or another implementation"
-            )
-        return lowering(ctx, *operands, config=config)
-
-    return refusing
+def check_platforms(implementation: str | None, platforms) -> None:
+    """Raises if `implementation` is `"cuda"` in a program for other platforms, as it is lowered."""
+    if implementation == "cuda":
+        raise RuntimeError(
+            'implementation="cuda" cannot run: the program is compiled for '
+            f"{', '.join(platforms)}; give it operands on the GPU, or another implementation"
+        )
 
 
 def chosen_implementation(operation: str, implementation: str | None = None) -> str:

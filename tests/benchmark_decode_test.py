@@ -29,7 +29,7 @@ from benchmarks import (
 )
 from benchmarks.cases import make_case
 from jax_flashmla import flash_mla_with_kvcache, native
-from tests.stand_ins import FakeTensor, fake_peers, fake_timer
+from tests.stand_ins import FakeTensor, fake_peers, fake_timer, pretended_gpu
 
 SHAPES = "--batch", "2", "--seqlens", "128", "normal(128,60)"
 
@@ -128,7 +128,7 @@ class WithStandInsTest(parameterized.TestCase):
         bench = types.SimpleNamespace(time_decode=fake_timer)
         module = types.SimpleNamespace(bench=bench, cuda_version=lambda: (13, 0))
         for patch in (
-            mock.patch.object(native, "why_no_kernel", lambda operation: None),
+            pretended_gpu(),
             mock.patch.object(native, "module", module),
             mock.patch.object(flags, "memory_bytes", lambda: 8e9),
             mock.patch.object(decode, "measure_matmul", lambda calls: 700.0),

@@ -13,7 +13,7 @@ pytest.importorskip("rich", reason="the benchmarks print with rich")
 from benchmarks import step, timeline
 from benchmarks.cases import make_case
 from benchmarks.operands import make_operands
-from jax_flashmla import native
+from tests.stand_ins import pretended_gpu
 
 
 def event(name, begin, end):
@@ -75,10 +75,10 @@ class StepTest(absltest.TestCase):
     def test_donating_writes_to_the_same_buffers(self):
         operands = make_operands(make_case(2, 1, 16, 128))
         queries = [operands[0], 2 * operands[0]]
-        with mock.patch.object(native, "why_no_kernel", lambda operation: None):
-            run = step.donating(queries, *operands[1:])
-            want = jax.jit(step.decode_layers)(queries, *operands[1:])
-            first = run()
+        self.enterContext(pretended_gpu())
+        run = step.donating(queries, *operands[1:])
+        want = jax.jit(step.decode_layers)(queries, *operands[1:])
+        first = run()
         places = {x.unsafe_buffer_pointer() for x in first}
         second = run()
         self.assertEqual({x.unsafe_buffer_pointer() for x in second}, places)
@@ -93,7 +93,7 @@ class StepTest(absltest.TestCase):
             return [5.0] * 4
 
         with (
-            mock.patch.object(native, "why_no_kernel", lambda operation: None),
+            pretended_gpu(),
             mock.patch.multiple(step, LAYERS=3, FEW_LAYERS=2, ROUNDS=2, CALLS=2),
             mock.patch.object(step, "time_kernels", time_kernels),
         ):

@@ -2,11 +2,22 @@
 
 import contextlib
 import types
+from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flashmla import flash_mla_with_kvcache
+from jax_flashmla import flash_mla_with_kvcache, native
+
+
+@contextlib.contextmanager
+def pretended_gpu():
+    """`implementation="cuda"` as if it could run here; where there is no GPU, it ends in XLA."""
+    with (
+        mock.patch.object(native, "why_no_kernel", lambda operation: None),
+        mock.patch.object(native, "check_platforms", lambda implementation, platforms: None),
+    ):
+        yield
 
 
 def fake_timer(pointers, *, batch, s_q, h_q, max_blocks, what, launches, replays, copies, **rest):

@@ -67,6 +67,8 @@ def mla_ragged_paged_attention(
     """
     del chunk_prefill_size, num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes
     del decode_batch_size
+    if mixed_static_q_len is not None:
+        arguments.positive_int("mixed_static_q_len", mixed_static_q_len)
     operands = ql_nope, q_pe, new_kv_c, new_k_pe, cache_kv, kv_lens
     *operands, page_indices, cu_q_lens, distribution = ragged_paged.check_operands(
         *operands, page_indices, cu_q_lens, distribution
@@ -92,9 +94,5 @@ def mla_ragged_paged_attention(
         k_scale=k_scale,
         v_scale=v_scale,
         debug_mode=debug_mode,
-        max_seqlen_q=(
-            mixed_static_q_len
-            if mixed_static_q_len is None
-            else arguments.positive_int("mixed_static_q_len", mixed_static_q_len)
-        ),
+        max_seqlen_q=mixed_static_q_len,
     )
