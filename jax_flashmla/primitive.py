@@ -61,9 +61,15 @@ def lower_as_jax(fun: Callable) -> LoweringRule:
 
     `fun` sees shapes and dtypes only. What operands are in a mesh (varying over an axis of a
     `shard_map`, sharded over an explicit one) was settled by the abstract evaluation; traced once
-    more, it would have to be repeated for every constant and loop inside.
+    more, it would have to be repeated for every constant and loop inside. Nor does it see how
+    strict the user's own program is about promotions.
     """
-    lower = mlir.lower_fun(fun, multiple_results=True)
+
+    def with_promotions(*args, **params):
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            return fun(*args, **params)
+
+    lower = mlir.lower_fun(with_promotions, multiple_results=True)
 
     def lowering(ctx, *operands, **params):
         ctx = ctx.replace(
