@@ -33,10 +33,14 @@ __device__ __forceinline__ void combine_tile(const KernelParams& p,
   using S = FewSplits;
   int slice;
   const Tile tile = find_tile(p, by_slices, unit, slice);
+  const int lane = threadIdx.x % 32;
+  Target<Element> target[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) target[i] = find_target<Element>(p, tile, lane / 4 + 8 * i);
   if (leave_or_wait(tile.splits <= 1 || tile.splits > S::kMost)) return;
   for (int first = (slice * S::kWarps + threadIdx.x / 32) * S::kVectors; first < kPartialStrips;
        first += by_slices.divisor * S::kWarps * S::kVectors) {
-    combine_few<Element>(p, tile, first, threadIdx.x % 32);
+    combine_few<Element>(tile, target, first, lane);
   }
 }
 

@@ -14,14 +14,11 @@ struct FewSplits {
   static constexpr int kAhead = 2;  // splits loaded at a time
 };
 
-// The strips from `first` on, by a warp.
+// The strips from `first` on, by a warp. `target`: of the lane's two rows.
 template <typename Element>
-__device__ __forceinline__ void combine_few(const KernelParams& p, const Tile& tile, int first,
-                                            int lane) {
+__device__ __forceinline__ void combine_few(const Tile& tile, const Target<Element> (&target)[2],
+                                            int first, int lane) {
   using S = FewSplits;
-  Target<Element> target[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) target[i] = find_target<Element>(p, tile, lane / 4 + 8 * i);
   float base[2] = {kLowest, kLowest};
   float total[2] = {0, 0};
   float4 sum[S::kVectors] = {};

@@ -46,8 +46,8 @@ __device__ __forceinline__ int load_page(const KernelParams& p, const Work& work
 }
 
 // As a page of all groups' pages; -1: a page that does not exist.
-__device__ __forceinline__ int check_page(const KernelParams& p, const Work& work, int page) {
-  return page < 0 || page >= p.num_blocks ? -1 : work.group * p.num_blocks + page;
+__device__ __forceinline__ int check_page(const KernelParams& p, int group, int page) {
+  return page < 0 || page >= p.num_blocks ? -1 : group * p.num_blocks + page;
 }
 
 // Which block of its page a block is.
@@ -66,7 +66,7 @@ struct BlockPages {
   // all on their way before one of them is looked at.
   __device__ BlockPages(const KernelParams& p, const Work& work, int seq, int block, int first) {
     if constexpr (kParts == 1) {
-      of_part[0] = check_page(p, work, first);
+      of_part[0] = check_page(p, work.group, first);
     } else {
       // Of a page that does not exist no slice does.
       const int slices = p.page_tokens / kSliceTokens;
@@ -76,10 +76,10 @@ struct BlockPages {
       }
 #pragma unroll
       for (int i = 1; i < kParts; ++i) {
-        if (i < p.parts) of_part[i] = check_page(p, work, of_part[i]) * slices;
+        if (i < p.parts) of_part[i] = check_page(p, work.group, of_part[i]) * slices;
       }
-      of_part[0] =
-          check_page(p, work, first) * slices + block_in_page(p, block) * (kBlock / kSliceTokens);
+      of_part[0] = check_page(p, work.group, first) * slices +
+                   block_in_page(p, block) * (kBlock / kSliceTokens);
     }
   }
 };

@@ -179,7 +179,7 @@ __device__ __forceinline__ void copy_blocks(const KernelParams& p, const Fp8Tens
     int next = load_page<1>(p, work, seq, item.first);
 #pragma unroll 1
     for (int number = item.first; number < item.last; ++number, slot.advance()) {
-      const int page = check_page(p, work, next);
+      const int page = check_page(p, work.group, next);
       next = load_page<1>(p, work, seq, number + 1);
       smem.empty[slot.slot].wait(slot.parity ^ 1);
       copy_block(p, maps, smem, slot.slot, page, block_in_page(p, number) * kBlock);

@@ -257,7 +257,6 @@ __device__ __forceinline__ void run_fp8_values(const KernelParams& p,
               base[j] = scales_of.base[side * (kColumnTiles / 2) + j];
             }
           }
-          smem.empty[slot.slot].arrive();
         }
         Tensor part = out(_, column_tile, _);
         Tensor sums = make_tensor(part.data(), append<3>(part.layout()));
@@ -267,6 +266,8 @@ __device__ __forceinline__ void run_fp8_values(const KernelParams& p,
           cute::gemm(mma, mine(_, _, step), b(_, _, first_key / 16 + step), sums);
         }
         warpgroup_commit_batch();
+        // Here, where all that was read of the block has arrived: the products have been given it.
+        if (i + 1 == kChunks) smem.empty[slot.slot].arrive();
         if (kUnderWay == 1 && i + 1 < kChunks) load(i + 1);
         if (kUnderWay == 1) {
           warpgroup_wait<0>();

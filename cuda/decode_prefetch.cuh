@@ -27,7 +27,7 @@ __device__ __forceinline__ int4 peek(const int4* at) {
 // have begun, and would only be held up.
 __device__ __forceinline__ void prefetch_keys(const KernelParams& p, const EmptyBarrier& waited) {
   // With a window, only the length tells which block is the first.
-  if (p.h_kv != 1 || p.page_tokens < kBlock || p.sliding_window > 0) return;
+  if (p.h_kv != 1 || p.sliding_window > 0) return;
   int row, tile;  // of the plans of all groups
   p.by_row_tiles(row, tile, static_cast<int>(blockIdx.x));
   const int group = p.by_num_parts.div(row);
@@ -40,10 +40,10 @@ __device__ __forceinline__ void prefetch_keys(const KernelParams& p, const Empty
   const bool mine = seq < range.z || (seq == range.z && block < static_cast<uint32_t>(range.w));
   if (!mine || seq < 0 || seq >= p.batch || entry >= p.max_blocks) return;
   const int64_t first_entry = (static_cast<int64_t>(group) * p.batch + seq) * p.max_blocks;
-  const int page = peek(p.block_table + first_entry + entry);
-  if (page < 0 || page >= p.num_blocks || waited.test_wait(0)) return;
-  const int64_t token = (static_cast<int64_t>(group) * p.num_blocks + page) * p.page_tokens +
-                        block_in_page(p, static_cast<int>(block)) * kBlock;
+  const int page = check_page(p, group, peek(p.block_table + first_entry + entry));
+  if (page < 0 || waited.test_wait(0)) return;
+  const int64_t token =
+      wide(page) * p.page_tokens + block_in_page(p, static_cast<int>(block)) * kBlock;
   const char* const first = static_cast<const char*>(p.k_cache) + token * p.row_bytes;
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(first),
                "r"(kBlock * p.row_bytes));
