@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (kSource == Source::kPages && thread == 96) prefetch_keys(p, smem.waited);
     __syncwarp();
     wait_for_kernel_before();
-    if (thread == 0) smem.waited.arrive();
+    if (kSource == Source::kPages && thread == 0) smem.waited.arrive();
     smem.work_known.wait(0);
     if constexpr (kSource == Source::kPages) {
       load(p, maps, smem);
@@ -64,8 +64,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncwarp();
     write_empty<kWarpgroup>(p, smem.work, smem.work.tile * kRows, kRows, thread);
   } else {
-    wait_for_kernel_before();
-    if (threadIdx.x == 0) smem.work = check_plan(p, find_work(p));
+    const Place place = find_place(p);
+    wait_for_kernel_before(place.plan);
+    if (threadIdx.x == 0) smem.work = check_plan(p, read_plan(place));
     cutlass::arch::NamedBarrier::sync(kThreads, kReady);
     if (threadIdx.x == 0) smem.work_known.arrive();
     if (role == kScores) {

@@ -146,9 +146,10 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   if (warp < kMathWarps) {
     cutlass::arch::warpgroup_reg_alloc<kMathRegisters>();
-    wait_for_kernel_before();
+    const Place place = find_place(p);
+    wait_for_kernel_before(place.plan);
     if constexpr (kSource == Source::kPages) {
-      const Work work = check_plan(p, find_work(p));
+      const Work work = check_plan(p, read_plan(place));
       if (threadIdx.x == 0) smem.work = work;
       cutlass::arch::NamedBarrier::sync(kNarrowThreads, kReady);
       if (has_item(work, work.begin_seq))
@@ -189,16 +190,17 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
         __syncwarp();
       }
     }
-    wait_for_kernel_before();
+    const Place place = find_place(p, zero_of_lane());
+    wait_for_kernel_before(place.plan);
     if constexpr (kSource == Source::kRows) {
-      if (threadIdx.x == kKeyThread) smem.work = check_plan(p, find_work(p, zero_of_lane()));
+      if (threadIdx.x == kKeyThread) smem.work = check_plan(p, read_plan(place));
       cutlass::arch::NamedBarrier::sync(kGatherThreads, kLoaderReady);
       cutlass::arch::NamedBarrier::arrive(kNarrowThreads, kReady);
       gather(p, maps, smem);
       // Last: keys are waited for, and the others still have the last of them to multiply.
       write_empty<kWarpgroup>(p, smem.work, 0, kNarrowRows, threadIdx.x % kWarpgroup);
     } else {
-      const Work found = find_work(p, zero_of_lane());
+      const Work found = read_plan(place);
       if (threadIdx.x == kKeyThread) smem.waited.arrive();
       const Work work = check_plan(p, found);
       if (threadIdx.x == kKeyThread) load_keys<kWindowed>(p, maps, smem, work);

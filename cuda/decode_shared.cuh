@@ -174,25 +174,39 @@ __device__ __forceinline__ uint32_t zero_of_lane() {
   return lower_lanes >> 31;
 }
 
-// Finds a CTA's part of the grid, and begins to load what the plan says of it. That has not arrived
-// when this returns: it is for `check_plan`. `zero`: perhaps `zero_of_lane`.
-__device__ __forceinline__ Work find_work(const KernelParams& p, uint32_t zero = 0) {
+// A CTA's part of the grid, and where the plan says what that is.
+struct Place {
+  Work work;  // up to `first_slot`
+  const int4* plan;
+};
+
+// To be called before `wait_for_kernel_before`: some hundred cycles that nobody then waits for.
+// `zero`: perhaps `zero_of_lane`.
+__device__ __forceinline__ Place find_place(const KernelParams& p, uint32_t zero = 0) {
   // Row tiles first: CTAs that run side by side read the same keys.
-  Work work;
+  Place place;
+  Work& work = place.work;
   int tile_group, head_group;
   p.by_row_tiles(tile_group, work.tile, static_cast<int>(blockIdx.x));
   p.by_h_kv(head_group, work.head, tile_group);
   p.by_num_parts(work.group, work.part, head_group);
   const int64_t row = static_cast<int64_t>(work.group) * p.num_parts + work.part;
-  const int4* plan = reinterpret_cast<const int4*>(p.tile_scheduler_metadata) +
-                     row * (kMetadataColumns / 4) + zero;
-  const int4 range = plan[0];
-  work.begin_seq = range.x, work.begin_block = range.y;
-  work.end_seq = range.z, work.end_block = range.w;
-  work.begin_split = plan[1].x;
+  place.plan = reinterpret_cast<const int4*>(p.tile_scheduler_metadata) +
+               row * (kMetadataColumns / 4) + zero;
   work.first_seq = static_cast<int64_t>(work.group) * p.batch;
   work.first_entry = work.first_seq * p.max_blocks;
   work.first_slot = static_cast<int64_t>(work.group) * p.slots;
+  return place;
+}
+
+// Begins to load what the plan says. That has not arrived when this returns: it is for
+// `check_plan`.
+__device__ __forceinline__ Work read_plan(const Place& place) {
+  Work work = place.work;
+  const int4 range = place.plan[0];
+  work.begin_seq = range.x, work.begin_block = range.y;
+  work.end_seq = range.z, work.end_block = range.w;
+  work.begin_split = place.plan[1].x;
   return work;
 }
 

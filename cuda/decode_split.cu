@@ -73,8 +73,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (thread == 0) init_barriers<kCtas, kSource>(smem);
     if (thread == 96) prefetch_maps(maps);
     __syncwarp();
-    wait_for_kernel_before();
-    const Work found = find_work(p, zero_of_lane());  // on its way while all meet
+    const Place place = find_place(p, zero_of_lane());
+    wait_for_kernel_before(place.plan);
+    const Work found = read_plan(place);  // on its way while all meet
     meet_as_loader<kCtas>();
     const Work work = check_plan(p, found);
     if (thread == 0) {

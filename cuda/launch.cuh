@@ -73,4 +73,19 @@ __device__ __forceinline__ void wait_for_kernel_before() {
   cudaTriggerProgrammaticLaunchCompletion();
 }
 
+// The same, with an address, not null, that is computed before: the assembler would put what does
+// not depend on the wait behind it, and the wait depends on the address.
+__device__ __forceinline__ void wait_for_kernel_before(const void* address) {
+  asm volatile(
+      "{\n\t"
+      ".reg .pred is_there;\n\t"
+      "setp.ne.u64 is_there, %0, 0;\n\t"
+      "@is_there griddepcontrol.wait;\n\t"
+      "}"
+      :
+      : "l"(address)
+      : "memory");
+  cudaTriggerProgrammaticLaunchCompletion();
+}
+
 }  // namespace jax_flashmla

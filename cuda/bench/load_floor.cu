@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(32) load_floor_kernel(const __grid_constant__ 
   }
   __syncwarp();
 
-  const Work work = check_plan(p, find_work(p));
+  const Work work = check_plan(p, read_plan(find_place(p)));
   Ring<kSlots> slot;
   int loaded = 0;
   for (int seq = work.begin_seq; has_item(work, seq); ++seq) {
