@@ -136,7 +136,7 @@ def plan_reference(
     snap = jnp.minimum(least, (blocks[seq] + 1) // 2)
     to_start = (blocks[seq] == 0) | (block < snap)
     inside = ~to_start & (x >= first[seq]) & (x <= last[seq])
-    past_end = (x >= total) | ~(to_start | inside)
+    past_end = ~(to_start | inside)
     seq = jnp.where(x >= total, batch, seq + past_end)
     split = jnp.where(inside, cuts - cuts_before[jnp.minimum(seq, batch - 1)], 0)
     position = jnp.stack([seq, jnp.where(inside, block, 0)], axis=1)
