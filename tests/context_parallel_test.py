@@ -87,6 +87,28 @@ class ContextParallelTest(MeshTest):
         # Partial results are rounded to 16 bits before they are merged.
         self.assertLessEqual(error, 3 * scale + 2**-7 * np.abs(want[0]).max())
 
+    @parameterized.product(split=context_parallel.SPLITS, outside=(-1, 2**31 - 1))
+    def test_page_ids_outside_the_pool_read_as_zeros(self, split, outside):
+        # The last page, of which some queries see a token and others do not, and one before it.
+        mesh = make_mesh((8,), ("context",))
+        problem = problems.make_problem(self.rng, [66, 130, 400], s_q=3, h_q=4)
+        pools, tables = self.spread(problem, 8, split, max_blocks=2)
+        for i, j in ((0, 1), (1, 2), (2, 3)):
+            device, local = (j % 8, j // 8) if split == "interleaved" else divmod(j, 2)
+            problem.block_table[i, j] = tables[device, i, local] = outside
+        body = functools.partial(
+            context_parallel.decode, axis_name="context", split=split, causal=True
+        )
+        specs = P(), P("context"), P("context"), P()
+        run = jax.shard_map(
+            lambda q, pools, tables, lengths: body(q, pools[0], tables[0], lengths),
+            mesh=mesh,
+            in_specs=specs,
+            out_specs=P(),
+        )
+        got = jax.jit(run)(problem.q, pools, tables, problem.cache_seqlens)
+        self.assert_close(got, oracle.decode(*problem.arrays, causal=True))
+
     @parameterized.product(split=context_parallel.SPLITS, case=((1, 64, 2), (3, 64, 2), (3, 16, 6)))
     def test_append_then_decode(self, split, case):
         s_q, page, max_blocks = case
