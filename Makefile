@@ -37,7 +37,7 @@ example: $(VENV)/ready-for-example
 
 # Those of its tests that take seconds: configuration, loading, the program of its README, what a mesh
 # exchanges, pages and the engine. They need less than the extra `example` has.
-QUICK := config weights readme mesh pages engine engine_trouble runner sampling soak
+QUICK := config rope weights readme mesh pages engine engine_trouble runner sampling soak
 example-quick: $(VENV)/ready
 	@$(RUN) -m pip install --quiet --disable-pip-version-check flax safetensors tokenizers
 	@$(RUN) -m pytest $(QUICK:%=examples/deepseek/tests/%_test.py) -k 'not against_one_device'

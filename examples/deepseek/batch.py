@@ -100,6 +100,8 @@ def main(arguments=None):
     }
     if args.output.exists() and args.input.exists() and args.output.samefile(args.input):
         parser.error("output: expected another file than the input")
+    if args.output.is_dir() or not args.output.parent.is_dir():
+        parser.error(f"output: expected a file in an existing directory, got {args.output}")
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -108,10 +110,12 @@ def main(arguments=None):
     except OSError as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     with source:
-        count = sum(bool(line.strip()) for line in source)
-        source.seek(0)
+        count = None  # of a pipe's lines
+        if source.seekable():
+            count = sum(bool(line.strip()) for line in source)
+            source.seek(0)
         runner, text, _ = options.load_engine(parser, args)
-        failed = 0
+        done = failed = 0
         with (
             runner,
             # An "id" may be no Unicode text; its escape is JSON's.
@@ -120,11 +124,12 @@ def main(arguments=None):
         ):
             task = progress.add_task(args.input.name, total=count)
             for result in answer_lines(source, runner, text, defaults):
+                done += 1
                 failed += "error" in result
                 output.write(json.dumps(result, ensure_ascii=False) + "\n")
                 output.flush()
                 progress.advance(task)
-    console.print(f"{count} lines, {failed} of them not answered", highlight=False)
+    console.print(f"{done} lines, {failed} of them not answered", highlight=False)
     sys.exit(1 if failed else 0)
 
 

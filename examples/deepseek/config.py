@@ -27,6 +27,8 @@ DEFAULTS = {
     "moe_layer_freq": 1,
     "rope_theta": 10000.0,
 }
+# What V3's routing is where transformers has saved the file: it leaves these two out.
+V3_DEFAULTS = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 YARN_DEFAULTS = {"beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 0.0}
 
 
@@ -120,36 +122,54 @@ def parse_config(fields: dict) -> Config:
         raise ValueError(
             f"architectures: expected {' or '.join(ARCHITECTURES)}, got {architectures[0]}"
         )
-    for name, only in (("hidden_act", "silu"), ("attention_bias", False)):
+    only_values = (("hidden_act", "silu"), ("attention_bias", False), ("rope_interleave", True))
+    for name, only in only_values:
         if fields.get(name, only) != only:
             raise ValueError(f"{name}: expected {only}, got {fields[name]}")
     if fields.get("tie_word_embeddings", False):
         raise ValueError("tie_word_embeddings: expected false, as published, got true")
 
+    # As transformers 5 saves it, with rope_theta in it.
+    rope = _object(fields, "rope_parameters")
+    if "rope_theta" in rope:
+        fields = fields | {"rope_theta": rope["rope_theta"]}
     own = {field.name for field in dataclasses.fields(Config)} - {"rope_scaling", "fp8_block"}
-    values = {**DEFAULTS, **{name: fields[name] for name in own & fields.keys()}}
+    values = DEFAULTS | (V3_DEFAULTS if architectures[0] == ARCHITECTURES[1] else {})
+    for name in own & fields.keys():
+        if fields[name] is not None or name not in values:
+            values[name] = fields[name]
     if missing := sorted(own - values.keys()):
         raise ValueError(f"{missing[0]}: expected it in config.json, and it is missing")
     config = Config(
         **values,
-        rope_scaling=_parse_yarn(fields.get("rope_scaling")),
-        fp8_block=_parse_quantization(fields.get("quantization_config")),
+        rope_scaling=_parse_yarn(_object(fields, "rope_scaling") or rope),
+        fp8_block=_parse_quantization(_object(fields, "quantization_config")),
     )
     _check_numbers(config)
     _check_routing(config)
     return config
 
 
+def _object(fields, name) -> dict:
+    """A field that is an object, empty if it is absent or null."""
+    value = fields.get(name) or {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}: expected an object, got {value!r}")
+    return value
+
+
 def _parse_yarn(fields) -> Yarn | None:
     if not fields:
         return None
     kind = fields.get("type", fields.get("rope_type"))
+    if kind == "default":
+        return None
     if kind != "yarn":
         raise ValueError(f"rope_scaling.type: expected yarn, got {kind}")
     values = {**YARN_DEFAULTS, **fields}
     for field in dataclasses.fields(Yarn):
         value = values.get(field.name)
-        if not _is_number(value) or value < 0:
+        if not _is_number(value) or value < 0 or (value == 0 and "mscale" not in field.name):
             raise ValueError(f"rope_scaling.{field.name}: expected a number, got {value!r}")
     if values["factor"] < 1:
         raise ValueError(f"rope_scaling.factor: expected at least 1, got {values['factor']}")
@@ -160,7 +180,8 @@ def _parse_quantization(fields) -> tuple[int, int] | None:
     if not fields:
         return None
     method, block = fields.get("quant_method"), fields.get("weight_block_size")
-    if method != "fp8" or not isinstance(block, list) or len(block) != 2:
+    is_block = isinstance(block, list) and len(block) == 2
+    if method != "fp8" or not is_block or not all(type(x) is int and x > 0 for x in block):
         raise ValueError(
             "quantization_config: expected quant_method fp8 with a weight_block_size of two "
             f"numbers, got {method} and {block}"
@@ -185,6 +206,8 @@ def _check_numbers(config):
                 raise ValueError(f"{field.name}: expected a number above 0, got {value!r}")
         elif not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{field.name}: expected an integer from {least}, got {value!r}")
+    if config.rope_theta <= 1:
+        raise ValueError(f"rope_theta: expected a number above 1, got {config.rope_theta}")
     for name, only in (("kv_lora_rank", LATENT_DIM), ("qk_rope_head_dim", ROPE_DIM)):
         if getattr(config, name) != only:
             raise ValueError(

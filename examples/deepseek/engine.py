@@ -140,11 +140,15 @@ class Engine:
         return bool(self._waiting or self._active() or self._inbox)
 
     def abort(self, error: Exception) -> None:
-        """Ends all requests with an error and returns their pages."""
+        """Ends all requests with an error and returns their pages, if the books allow it."""
         while self._inbox:
             self._waiting.append(self._inbox.popleft())
         for request in [*self._waiting, *self._active()]:
-            self._finish(request, "error", error)
+            try:
+                self._finish(request, "error", error)
+            except Exception:  # what ended the engine may have left the books wrong
+                if request.finish_reason is None:
+                    request.end("error", error)
 
     def _active(self):
         return [request for request in self._rows if request is not None]

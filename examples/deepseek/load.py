@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import processors
 
+from examples.deepseek.config import read_config
 from examples.deepseek.steps import Stepper, load_stepper, make_mesh
 
 TOKENIZER = "tokenizer.json"
@@ -44,8 +45,16 @@ def load(
       ValueError: one of them is malformed, or the mesh does not fit.
     """
     directory = pathlib.Path(directory)
-    tokenizer = load_tokenizer(directory)  # first: it takes no time to miss
+    # First what takes no time to miss: weights take long.
+    tokenizer, vocab_size = load_tokenizer(directory), read_config(directory).vocab_size
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"{directory / TOKENIZER}: expected at most config.json's {vocab_size} tokens, "
+            f"got {len(tokenizer)}"
+        )
     mesh = make_mesh(data, model_axis)
+    if max_batch % data:
+        raise ValueError(f"max_batch: expected a multiple of {data} pools, got {max_batch}")
     stepper = load_stepper(
         directory,
         dtype=jnp.dtype(dtype),
@@ -55,11 +64,6 @@ def load(
         max_blocks=-(-max_tokens // Stepper.page_size),
         implementation=implementation,
     )
-    if len(tokenizer) > stepper.vocab_size:
-        raise ValueError(
-            f"{directory / TOKENIZER}: expected at most config.json's {stepper.vocab_size} tokens, "
-            f"got {len(tokenizer)}"
-        )
     return stepper, tokenizer, stepper.config
 
 
@@ -126,4 +130,12 @@ def end_tokens(directory) -> frozenset[int]:
 
 def _field(path, name):
     """A field of a JSON file, None if there is no such field or file."""
-    return json.loads(path.read_text()).get(name) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        fields = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path}: expected a JSON object, got a {type(fields).__name__}")
+    return fields.get(name)

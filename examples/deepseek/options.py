@@ -1,6 +1,7 @@
 """Command-line options that chat, batch and server share."""
 
 import argparse
+import os
 import pathlib
 
 from examples.deepseek import load
@@ -57,6 +58,7 @@ def load_engine(
         parser.error(f"--implementation: cuda cannot run: {reason}")
     num_pages = args.num_pages or -(-args.max_batch // args.data) * -(-args.max_tokens // PAGE)
     try:
+        eos = load.end_tokens(args.model)  # before the weights
         stepper, tokenizer, config = load.load(
             args.model,
             max_batch=args.max_batch,
@@ -67,7 +69,7 @@ def load_engine(
             implementation=args.implementation,
             dtype=args.dtype,
         )
-        text = Text(tokenizer, load.end_tokens(args.model))
+        text = Text(tokenizer, eos)
     except (OSError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     if warm_up:
@@ -76,7 +78,7 @@ def load_engine(
     return (
         Runner(Engine(stepper, text.decode, eos=text.eos, max_tokens=limit)),
         text,
-        args.model.name,
+        os.path.basename(os.path.abspath(args.model)),  # of "." and "..", too
     )
 
 

@@ -6,10 +6,11 @@ engine has what they ask for; those it has not are refused by name.
 
 import dataclasses
 import json
+import math
 import time
 
 from examples.deepseek.errors import InvalidRequestError
-from examples.deepseek.request import Options
+from examples.deepseek.request import MAX_STOPS, Options
 from examples.deepseek.sampling import Sampling, brief
 from examples.deepseek.tokenization import TURNS, Text
 
@@ -65,8 +66,12 @@ def parse_json(data: bytes) -> dict:
     def refuse(constant):
         raise ValueError(f"{constant} is not JSON")
 
+    def finite(text):
+        number = float(text)
+        return number if math.isfinite(number) else refuse("a number above 1e308")
+
     try:
-        body = json.loads(data, parse_constant=refuse)
+        body = json.loads(data, parse_constant=refuse, parse_float=finite)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise InvalidRequestError("body", f"expected JSON: {str(error) or 'too deep'}") from error
     if not isinstance(body, dict):
@@ -102,10 +107,15 @@ def parse_query(body: dict, text: Text, *, chat: bool, defaults: dict) -> Query:
         raise InvalidRequestError(
             "stop", f"expected a string or a list of strings, got {brief(stop)}"
         )
+    chat_stop = text.chat_stop if chat else ()
+    if len(stop) > MAX_STOPS - len(chat_stop):
+        raise InvalidRequestError(
+            "stop", f"expected at most {MAX_STOPS - len(chat_stop)} strings, got {len(stop)}"
+        )
     options = Options(
         max_tokens=max_tokens,
         sampling=Sampling(body.get("temperature", 1.0), body.get("top_p", 1.0), body.get("seed")),
-        stop=(*stop, *(text.chat_stop if chat else ())),
+        stop=(*stop, *chat_stop),
         ignore_eos=_boolean(body, "ignore_eos"),
     )
     stream_options = body.get("stream_options", {})
@@ -113,6 +123,7 @@ def parse_query(body: dict, text: Text, *, chat: bool, defaults: dict) -> Query:
         raise InvalidRequestError(
             "stream_options", f"expected an object, got {brief(stream_options)}"
         )
+    _check_fields(stream_options, ("include_usage",), "stream_options")
     return Query(
         prompt=text.encode_chat(_messages(body)) if chat else _prompt(body, text),
         options=options,
@@ -120,6 +131,14 @@ def parse_query(body: dict, text: Text, *, chat: bool, defaults: dict) -> Query:
         stream=_boolean(body, "stream"),
         include_usage=_boolean(stream_options, "include_usage"),
     )
+
+
+def _check_fields(value, own, where):
+    """Refuses other fields of an object inside the body, unless they say nothing."""
+    for name in value:
+        if name not in own and value[name]:
+            field = f"{where}[{brief(name)}]"
+            raise InvalidRequestError(field, f"not supported, got {brief(value[name])}")
 
 
 def _boolean(body, name):
@@ -150,6 +169,7 @@ def _messages(body):
 def _message(where, message):
     if not isinstance(message, dict):
         raise InvalidRequestError(where, f"expected an object, got {brief(message)}")
+    _check_fields(message, ("role", "content"), where)
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or role not in TURNS:
         raise InvalidRequestError(

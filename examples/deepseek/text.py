@@ -42,7 +42,8 @@ class TextStream:
         self._seen = len(settled)
         if len(self._window) >= WINDOW:
             self._window = self._window[-CONTEXT:]
-            self._seen = len(self._decode(self._window)) - (len(text) - len(settled))
+            # Tokens without text may have moved the character that is not complete out.
+            self._seen = max(0, len(self._decode(self._window)) - (len(text) - len(settled)))
         return piece
 
     def flush(self) -> str:

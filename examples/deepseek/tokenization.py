@@ -77,7 +77,7 @@ class Text:
             except Exception as error:  # a template may raise what it likes
                 raise InvalidRequestError("messages", f"the chat template says: {error}") from error
             return self._encode(text, "messages", add_special_tokens=False)
-        turns = [TURNS[message["role"]] + message["content"] for message in messages]
+        turns = [_turn(**message) for message in messages]
         return self._encode("\n\n".join([*turns, "Assistant:"]), "messages", True)
 
     def _encode(self, text, field, add_special_tokens):
@@ -86,3 +86,8 @@ class Text:
         except UnicodeEncodeError as error:
             raise InvalidRequestError(field, f"expected Unicode text: {error}") from error
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+
+def _turn(role, content):
+    # An answer as the model gave it begins with the space behind "Assistant:".
+    return TURNS[role] + (content.removeprefix(" ") if role == "assistant" else content)

@@ -1,7 +1,10 @@
 """Batch mode and chat, with a fake model behind the loader."""
 
+import argparse
+import contextlib
 import io
 import json
+import os
 import pathlib
 import signal
 import sys
@@ -12,7 +15,7 @@ from unittest import mock
 
 from absl.testing import absltest, parameterized
 
-from examples.deepseek import batch, chat, load
+from examples.deepseek import batch, chat, load, options, server
 from examples.deepseek.request import Options
 from examples.deepseek.runner import Runner
 from examples.deepseek.sampling import Sampling
@@ -78,6 +81,7 @@ class BatchTest(CommandLineCase):
             b"{": "body: expected JSON",
             b"\xff": "body: expected JSON",
             b"[]": "body: expected a JSON object",
+            b'{"prompt": "x", "id": 1e999}': "body: expected JSON: a number above 1e308",
             b"{}": "prompt: expected a string or",
             b'{"prompt": "x", "temperature": "hot", "id": 7}': "temperature: expected a number",
             b'{"prompt": "x", "colour": 1}': "'colour': there is no such field",
@@ -87,14 +91,14 @@ class BatchTest(CommandLineCase):
         lines = [line for data in bad for line in (data, good, b"", b"  ")]
         results, code = self.answer(*lines)
         self.assertEqual(code, 1)
-        self.assertEqual([r["line"] for r in results], [i for i in range(1, 33) if i % 4 in (1, 2)])
+        self.assertEqual([r["line"] for r in results], [i for i in range(1, 37) if i % 4 in (1, 2)])
         for result, message in zip(results[::2], bad.values(), strict=True):
             self.assertRegex(result["error"], "^" + message)
             self.assertNotIn("text", result)
-        self.assertEqual(results[8]["id"], 7)
+        self.assertEqual(results[10]["id"], 7)
         for result in results[1::2]:
             self.assertEqual(result["text"], self.want(self.text.encode("Good"), 20)[0])
-        self.assertRegex(self.stderr.getvalue(), "16 lines, 8 of them not answered")
+        self.assertRegex(self.stderr.getvalue(), "18 lines, 9 of them not answered")
 
     def test_a_failing_step_is_an_error_of_its_lines(self):
         prefill, exclamation = self.stepper.prefill, self.text.encode("!")[-1]
@@ -134,6 +138,19 @@ class BatchTest(CommandLineCase):
         (result,), code = self.answer(b'{"prompt": "x", "id": "\\ud800"}')
         self.assertEqual((result["id"], code), ("\ud800", 0))
 
+    def test_lines_from_a_pipe(self):
+        source, target = self.directory / "pipe", self.directory / "out.jsonl"
+        os.mkfifo(source)
+        lines = b'{"prompt": "a"}\n{}\n'
+        threading.Thread(target=source.write_bytes, args=(lines,), daemon=True).start()
+        with self.assertRaises(SystemExit) as ended:
+            batch.main([str(source), str(target), "--model", "toy", "--max-new-tokens", "5"])
+        self.assertEqual(ended.exception.code, 1)
+        first, second = map(json.loads, target.read_text("utf-8").splitlines())
+        self.assertEqual(first["text"], self.want(self.text.encode("a"), 5)[0])
+        self.assertIn("error", second)
+        self.assertRegex(self.stderr.getvalue(), "2 lines, 1 of them not answered")
+
     def test_an_empty_file(self):
         self.assertEqual(self.answer(), ([], 0))
 
@@ -156,6 +173,8 @@ class BatchTest(CommandLineCase):
             ([source, source, "--model", "x"], "output: expected another file"),
             (["missing", "out", "--model", "x"], "missing"),
             ([source, "out"], "--model"),
+            ([source, self.directory / "missing" / "out", "--model", "x"], "existing directory"),
+            ([source, self.directory, "--model", "x"], "output: expected a file"),
             ([source, "out", "--model", "x", "--top-p", "2"], "top_p: expected a number"),
             ([source, "out", "--model", "x", "--max-batch", "0"], "expected at least 1, got 0"),
             (
@@ -176,6 +195,24 @@ class BatchTest(CommandLineCase):
             chat.main(["--model", "nowhere"])
         self.assertEqual(ended.exception.code, 1)
         self.assertRegex(self.stderr.getvalue(), "config.json: there is no such file\n$")
+
+
+class OptionsTest(CommandLineCase):
+    @parameterized.parameters("", "inner/..", ".")
+    def test_a_model_has_its_directorys_name(self, path):
+        self.enterContext(contextlib.chdir(self.directory))
+        parser = argparse.ArgumentParser()
+        options.add_model_options(parser)
+        runner, _, name = options.load_engine(parser, parser.parse_args(["--model", path]))
+        runner.close()
+        self.assertEqual(name, self.directory.name)
+
+    @parameterized.parameters("--max-requests", "--max-body")
+    def test_limits_of_the_server(self, name):
+        with mock.patch.object(server.uvicorn, "run"), self.assertRaises(SystemExit):
+            server.main(["--model", "toy", name, "0"])
+        self.assertRegex(self.stderr.getvalue(), f"{name}: expected at least 1, got 0")
+        self.loaded.assert_not_called()
 
 
 class ChatTest(CommandLineCase):

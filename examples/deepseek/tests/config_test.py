@@ -88,12 +88,21 @@ class ConfigTest(parameterized.TestCase):
         ("many", {"num_experts_per_tok": 17}, "num_experts_per_tok: expected at most 16"),
         ("inner", {"moe_intermediate_size": None}, "moe_intermediate_size: expected a number"),
         ("rope_type", {"rope_scaling": {"type": "linear"}}, "rope_scaling.type: expected yarn"),
+        ("rope_list", {"rope_scaling": [40]}, r"rope_scaling: expected an object, got \[40\]"),
+        ("rope_halves", {"rope_interleave": False}, "rope_interleave: expected True, got False"),
         (
             "rope_field",
             {"rope_scaling": {"type": "yarn", "factor": 4}},
             "rope_scaling.original_max_position_embeddings: expected a number, got None",
         ),
         ("rope_factor", {"rope_scaling": checkpoints.YARN | {"factor": 0.5}}, "factor: expected"),
+        ("rope_zero", {"rope_scaling": checkpoints.YARN | {"beta_fast": 0}}, "beta_fast: expected"),
+        ("rope_theta", {"rope_theta": 1}, "rope_theta: expected a number above 1, got 1"),
+        (
+            "block",
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, "x"]}},
+            r"quantization_config: .*got fp8 and \[0, 'x'\]",
+        ),
         (
             "quantized",
             {"quantization_config": {"quant_method": "awq"}},
@@ -103,6 +112,24 @@ class ConfigTest(parameterized.TestCase):
     def test_refused(self, changes, message):
         with self.assertRaisesRegex(ValueError, message):
             configs.parse_config(checkpoints.FIELDS["v2_lite"] | changes)
+
+    @parameterized.product(kind=tuple(checkpoints.FIELDS), yarn=(True, False))
+    def test_as_transformers_saves_it(self, kind, yarn):
+        fields = checkpoints.FIELDS[kind] | {"rope_theta": 50000.0}
+        rope = {"rope_theta": 50000.0, "rope_type": "default"}
+        if yarn:
+            rope = checkpoints.YARN | fields["rope_scaling"] | rope | {"rope_type": "yarn"}
+        else:
+            fields["rope_scaling"] = None
+        want = configs.parse_config(fields)
+        saved = fields | {"rope_parameters": rope}
+        absent = ["rope_theta", "rope_scaling", "scoring_func"]
+        for name in absent + ["topk_method"] * (kind == "v3"):
+            del saved[name]
+        if kind == "v2_lite":
+            saved |= {"n_group": None, "topk_group": None}
+        self.assertEqual(configs.parse_config(saved), want)
+        self.assertEqual(want.rope_scaling is not None, yarn)
 
     @parameterized.parameters("vocab_size", "rms_norm_eps", "kv_lora_rank")
     def test_missing_field(self, name):

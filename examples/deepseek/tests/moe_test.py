@@ -29,6 +29,8 @@ def choose_in_numpy(logits, bias, config):
     weights[chosen] = scores[chosen]
     if config.norm_topk_prob:
         weights /= weights.sum()
+        if config.topk_method != "noaux_tc":  # V2 does one or the other
+            return weights
     return weights * config.routed_scaling_factor
 
 
@@ -37,10 +39,12 @@ class MoeTest(parameterized.TestCase):
         super().setUp()
         self.rng = np.random.default_rng()
 
-    @parameterized.product(kind=tuple(checkpoints.FIELDS), shift=(0.0, -2.0))
-    def test_choice(self, kind, shift):
+    @parameterized.product(
+        kind=tuple(checkpoints.FIELDS), shift=(0.0, -2.0), normalised=(True, False)
+    )
+    def test_choice(self, kind, shift, normalised):
         # Biases far below zero: what is excluded must not win over negative scores.
-        config = parse_config(checkpoints.FIELDS[kind])
+        config = parse_config(checkpoints.FIELDS[kind] | {"norm_topk_prob": normalised})
         logits = self.rng.standard_normal((50, 16)).astype(np.float32)
         biased = config.topk_method == "noaux_tc"
         bias = (self.rng.standard_normal(16) * biased + shift).astype(np.float32)

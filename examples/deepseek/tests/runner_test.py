@@ -139,6 +139,24 @@ class RunnerTest(absltest.TestCase):
         with self.assertRaises(EngineClosedError):
             runner.stream([1], Options())
 
+    def test_books_that_do_not_agree_leave_nobody_waiting(self):
+        hook = threading.excepthook
+        threading.excepthook = lambda arguments: None
+        self.addCleanup(setattr, threading, "excepthook", hook)
+        runner = self.run_engine(SlowStepper(max_blocks=100, num_pages=100))
+        streams = [runner.stream([1, 2, i], Options()) for i in range(3)]
+        wait_until(lambda: runner.engine.counts["running"] == 3)
+
+        def fail(pages):
+            raise ValueError("a page that nobody holds")
+
+        runner.engine.pools[0].release = fail
+        streams[1].cancel()
+        wait_until(lambda: all(stream.request.finish_reason for stream in streams), seconds=5)
+        for stream in streams:
+            *_, last = stream
+            self.assertRegex(str(last.error), "a page that nobody holds")
+
     def test_refusals_come_at_once(self):
         runner = self.run_engine()
         with self.assertRaisesRegex(InvalidRequestError, "prompt: "):

@@ -53,6 +53,7 @@ class RefusalsTest(ServerCase):
         ({"stream": 1}, "stream: expected true or false"),
         ({"stream_options": 1}, "stream_options: expected an object"),
         ({"stream_options": {"include_usage": 0}}, "include_usage: expected true or false"),
+        ({"stream_options": {"every": 2}}, r"stream_options\['every'\]: not supported, got 2"),
         ({"n": 2}, "n: not supported, got 2"),
         ({"n": True}, "n: not supported, got True"),
         ({"echo": True}, "echo: not supported"),
@@ -73,6 +74,7 @@ class RefusalsTest(ServerCase):
         ([USER, {"role": "god", "content": "x"}], r"messages\[1\].role: expected system, user,"),
         ([{"role": ["user"], "content": "x"}], r"messages\[0\].role: expected"),
         ([{"role": "user"}], r"messages\[0\].content: expected a string, got None"),
+        ([USER | {"name": "Bob"}], r"messages\[0\]\['name'\]: not supported, got 'Bob'"),
         ([{"role": "user", "content": [3]}], r"messages\[0\].content\[0\]: expected"),
         ([{"role": "user", "content": "\udfff"}], "messages: expected Unicode text"),
     )
@@ -99,10 +101,13 @@ class RefusalsTest(ServerCase):
     def test_fields_that_ask_for_nothing_are_taken(self):
         response = self.post(
             prompt="x", n=1, echo=False, logprobs=None, presence_penalty=0, user="me", suffix=None,
-            temperature=None, max_tokens=None, stop=None, stream_options=None,
+            temperature=None, max_tokens=None, stop=None, stream_options={"every": 0},
         )  # fmt: skip
         self.assertEqual(response.status_code, 200, response.text)
         self.assertEqual(response.json()["usage"]["completion_tokens"], 16)
+        message = {"role": "user", "content": "x", "name": None, "tool_calls": []}
+        response = self.client.post("/v1/chat/completions", json={"messages": [message]})
+        self.assertEqual(response.status_code, 200, response.text)
 
     def test_another_model(self):
         response = self.post(prompt="x", model="gpt-5")

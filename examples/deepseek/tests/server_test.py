@@ -140,6 +140,24 @@ class QueryTest(absltest.TestCase):
         self.assertEqual(self.parse(TEMPLATE, messages=messages).options.stop, ())
         self.assertEqual(self.parse(None, prompt="Hi").options.stop, ())
 
+    def test_as_many_stop_strings_as_are_said(self):
+        messages = [{"role": "user", "content": "Hi"}]
+        for template, most in ((None, 15), (TEMPLATE, 16)):
+            options = self.parse(template, messages=messages, stop=["x"] * most).options
+            self.assertLen(options.stop, 16)
+            with self.assertRaisesRegex(ValueError, f"at most {most} strings, got {most + 1}"):
+                self.parse(template, messages=messages, stop=["x"] * (most + 1))
+
+    def test_an_answer_comes_back_as_it_was(self):
+        messages = [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": " Hello."},  # as the model went on
+            {"role": "user", "content": "So?"},
+        ]
+        want = "User: Hi\n\nAssistant: Hello.\n\nUser: So?\n\nAssistant:"
+        prompt = self.parse(None, messages=messages).prompt
+        self.assertEqual(prompt, Text(toy_tokenizer()).encode(want))
+
     def test_defaults(self):
         self.assertEqual(self.parse(None, prompt="Hi", max_tokens=None).options.max_tokens, 9)
         self.assertEqual(self.parse(None, prompt="Hi", max_tokens=3).options.max_tokens, 3)

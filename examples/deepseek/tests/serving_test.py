@@ -12,7 +12,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from tokenizers import processors
 
-from examples.deepseek import batch, chat, load, steps
+from examples.deepseek import batch, chat, load, steps, weights
 from examples.deepseek.engine import Engine
 from examples.deepseek.request import Options
 from examples.deepseek.sampling import Sampling, sample
@@ -118,6 +118,10 @@ class LoadTest(ServingCheckpointTest):
         (directory / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
         self.assertEqual(load.end_tokens(directory), {1, 5, 7})
         self.assertEqual(Text(toy_tokenizer(), load.end_tokens(directory)).eos, {1, 5, 7, EOS})
+        for text, message in (("{", "expected JSON, got"), ("[]", "a JSON object, got a list")):
+            (directory / "generation_config.json").write_text(text)
+            with self.assertRaisesRegex(ValueError, f"generation_config.json: .*{message}"):
+                load.end_tokens(directory)
 
     @parameterized.product(
         adds_bos=(True, False, None),
@@ -161,10 +165,12 @@ class LoadTest(ServingCheckpointTest):
         with self.assertRaisesRegex(ValueError, "tokenizer.json: "):
             self.load(directory)
 
-    def test_a_tokenizer_of_another_model(self):
-        directory = self.serving_checkpoint(vocab_size=256)
+    @mock.patch.object(weights, "load", side_effect=AssertionError("weights were read"))
+    def test_errors_before_the_weights_are_read(self, _):
         with self.assertRaisesRegex(ValueError, "at most config.json's 256 tokens, got 258"):
-            self.load(directory)
+            self.load(self.serving_checkpoint(vocab_size=256))
+        with self.assertRaisesRegex(ValueError, "max_batch: expected a multiple of 3 pools, got 2"):
+            self.load(self.serving_checkpoint(), data=3)
 
     def test_a_mesh_that_does_not_fit(self):
         directory = self.serving_checkpoint()

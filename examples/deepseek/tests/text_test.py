@@ -88,6 +88,16 @@ class TextStreamTest(parameterized.TestCase):
             self.assertLen("".join(pieces), 500)
         self.assertLessEqual(longest, WINDOW)
 
+    def test_tokens_without_text_in_a_character(self):
+        table = {0: b"\xe2", 1: b"", 2: b"hello"}
+
+        def decode(tokens):
+            return b"".join(table[t] for t in tokens).decode("utf-8", "replace")
+
+        for count in range(2 * WINDOW):
+            pieces, _ = stream([0] + [1] * count + [2, 2], decode)
+            self.assertEqual("".join(pieces).lstrip("\ufffd"), "hellohello")
+
     def test_tokens_that_read_otherwise_at_the_start(self):
         words = {i: "▁" + c for i, c in enumerate(string.ascii_lowercase)}
 

@@ -1,5 +1,7 @@
 """The model against Hugging Face transformers, in float32 on a CPU."""
 
+import tempfile
+
 import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
@@ -51,6 +53,16 @@ class TransformersTest(support.CheckpointTest):
         got = support.decode_along(stepper, tables, sequences, LENGTHS, STEPS)
         for row, length in enumerate(LENGTHS):
             support.close(self, got[:, row], want[row][length:], LIMIT, f"decode from {length}")
+
+    @parameterized.parameters(*checkpoints.FIELDS)
+    def test_a_checkpoint_that_transformers_saved(self, kind):
+        theirs, stepper = self.both(kind, {})
+        directory = self.enterContext(tempfile.TemporaryDirectory())
+        theirs.save_pretrained(directory)
+        tokens = self.rng.integers(0, stepper.vocab_size, 70).tolist()
+        table = np.arange(4, dtype=np.int32)
+        got = support.prefill(support.make_stepper(directory), tokens, table)
+        np.testing.assert_array_equal(got, support.prefill(stepper, tokens, table))
 
     @parameterized.parameters(*checkpoints.FIELDS)
     def test_greedy_token_by_token(self, kind):
