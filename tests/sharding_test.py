@@ -69,6 +69,13 @@ class AutomaticTest(MeshTest):
         specs = (batch, None, heads), (), (batch,), (batch,)
         self.check(problem.arrays, specs, want, planned, pair)
 
+    @parameterized.parameters((("data", None, None),), ((None, None, "data"),))
+    def test_two_devices(self, spec):
+        self.mesh = make_mesh((2,), ("data",))
+        problem = problems.make_problem(self.rng, self.rng.integers(0, 400, 4), s_q=2)
+        want = oracle.decode(*problem.arrays, causal=True)
+        self.check(problem.arrays, (spec, (), spec[:1], spec[:1]), want)
+
     def test_other_pages_and_wider_rows(self):
         problem = problems.make_problem(
             self.rng, self.rng.integers(0, 400, 8), s_q=2, page=256, width=640
