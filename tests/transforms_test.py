@@ -43,6 +43,10 @@ class TransformsTest(absltest.TestCase):
             got = jax.jit(append_kv_cache)(self.rest[0], rows, *self.rest[1:])
         support.assert_same_bits(got, want)
 
+    def test_no_result_is_of_a_weak_type(self):
+        for result in jax.tree.leaves(jax.eval_shape(decode, self.q, *self.rest)):
+            self.assertFalse(result.weak_type)
+
     def test_numpy_operands(self):
         self.assert_same(decode(np.asarray(self.q), *(np.asarray(x) for x in self.rest)))
 
