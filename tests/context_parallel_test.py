@@ -96,18 +96,35 @@ class ContextParallelTest(MeshTest):
         for i, j in ((0, 1), (1, 2), (2, 3)):
             device, local = (j % 8, j // 8) if split == "interleaved" else divmod(j, 2)
             problem.block_table[i, j] = tables[device, i, local] = outside
-        body = functools.partial(
-            context_parallel.decode, axis_name="context", split=split, causal=True
-        )
-        specs = P(), P("context"), P("context"), P()
-        run = jax.shard_map(
-            lambda q, pools, tables, lengths: body(q, pools[0], tables[0], lengths),
+        got = self.decode_causal(mesh, split, problem.q, pools, tables, problem.cache_seqlens)
+        self.assert_close(got, oracle.decode(*problem.arrays, causal=True))
+
+    @parameterized.parameters(*context_parallel.SPLITS)
+    def test_group_axes(self, split):
+        mesh = make_mesh((8,), ("context",))
+        parts = [
+            problems.make_problem(self.rng, lengths, s_q=3, h_q=4, h_kv=2)
+            for lengths in ([66, 0, 400], [2, 257, 129])
+        ]
+        spread = [self.spread(part, 8, split, max_blocks=2) for part in parts]
+        pools, tables = (np.stack(x, axis=1) for x in zip(*spread, strict=True))
+        q, lengths = (np.stack([getattr(x, n) for x in parts]) for n in ("q", "cache_seqlens"))
+        got = self.decode_causal(mesh, split, q, pools, tables, lengths)
+        wants = zip(*(oracle.decode(*part.arrays, causal=True) for part in parts), strict=True)
+        self.assert_close(got, [np.stack(x) for x in wants])
+
+    def decode_causal(self, mesh, split, *operands):
+        @functools.partial(
+            jax.shard_map,
             mesh=mesh,
-            in_specs=specs,
+            in_specs=(P(), P("context"), P("context"), P()),
             out_specs=P(),
         )
-        got = jax.jit(run)(problem.q, pools, tables, problem.cache_seqlens)
-        self.assert_close(got, oracle.decode(*problem.arrays, causal=True))
+        def run(q, pools, tables, lengths):
+            where = {"axis_name": "context", "split": split}
+            return context_parallel.decode(q, pools[0], tables[0], lengths, causal=True, **where)
+
+        return jax.jit(run)(*operands)
 
     @parameterized.product(split=context_parallel.SPLITS, case=((1, 64, 2), (3, 64, 2), (3, 16, 6)))
     def test_append_then_decode(self, split, case):
@@ -148,24 +165,7 @@ class ContextParallelTest(MeshTest):
         problem = problems.make_problem(self.rng, [room, room, 65], s_q=s_q)
         pools, tables = self.spread(problem, 8, split, max_blocks=2)
 
-        @jax.jit
-        @functools.partial(
-            jax.shard_map,
-            mesh=mesh,
-            in_specs=(P(), P("context"), P("context"), P()),
-            out_specs=(P(), P()),
-        )
-        def run(q, pools, tables, lengths):
-            return context_parallel.decode(
-                q,
-                pools[0],
-                tables[0],
-                lengths,
-                axis_name="context",
-                split=split,
-                causal=True,
-            )
-
+        run = functools.partial(self.decode_causal, mesh, split)
         longer = problem.cache_seqlens + np.array([1, 1000, 0], np.int32)
         got = run(problem.q, pools, tables, longer)
         self.assert_close(got, oracle.decode(*problem.arrays, causal=True))
