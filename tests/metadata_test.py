@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_flashmla import get_mla_metadata, planner
+from jax_flashmla.metadata import MAX_NUM_SMS
 from tests import support
 
 BATCHES = (1, 2, 3, 7, 31, 32, 33, 128, 255, 256, 257, 600, 1024, 1025, 4095, 4096)
@@ -121,6 +122,11 @@ class PlanTest(parameterized.TestCase):
     @given(st.lists(st.integers(0, 3000), min_size=5, max_size=5), st.sampled_from((3, 8, 20)))
     def test_properties_of_chosen_lengths(self, lengths, num_sms):
         check_plan(self, lengths, *plan(jnp.asarray(lengths, jnp.int32), num_sms=num_sms))
+
+    @parameterized.parameters(([2**31 - 1, 1, 0],), ([2**31 - 1] * 20,))
+    def test_the_longest_sequences_over_the_most_partitions(self, lengths):
+        results = plan(jnp.asarray(lengths, jnp.int32), num_sms=MAX_NUM_SMS)
+        check_plan(self, lengths, *results)
 
     def test_negative_lengths_count_as_empty(self):
         negative = plan(jnp.asarray([-1, 300, np.iinfo(np.int32).min], jnp.int32))
