@@ -93,6 +93,8 @@ ffi::Error decode(cudaStream_t stream, ffi::AnyBuffer q_nope, ffi::AnyBuffer q_r
       slots >= batch + metadata[1] - 1 && table[2] < kLimit / page;
   if (!shapes_fit) return misfit("shapes do not fit");
   if (logits_soft_cap < 0 || sliding_window < 0) return misfit("a cap or window is negative");
+  // With the keys that a causal mask hides it is to fit an int.
+  if (sliding_window > kLimit) return misfit("a window is larger than any table");
 
   const bool types_fit =
       (dtype == ffi::BF16 || dtype == ffi::F16) && q_rope.element_type() == dtype &&
