@@ -157,6 +157,8 @@ def flash_mla_with_kvcache(
         logits_soft_cap = arguments.static_finite_float("logits_soft_cap", logits_soft_cap)
         if logits_soft_cap <= 0:
             raise ValueError(f"logits_soft_cap: expected a positive number, got {logits_soft_cap}")
+        # Beyond, nothing is seen of the cap, or of the scores, and float32 has no room for either.
+        logits_soft_cap = min(max(logits_soft_cap, 2.0**-100), 2.0**100)
     native.check_implementation("decode", implementation)
     config = DecodeConfig(
         softmax_scale=arguments.static_finite_float("softmax_scale", softmax_scale),

@@ -116,6 +116,19 @@ class WindowTest(parameterized.TestCase):
         slack = 100.0 * 2.0**-24 * 576
         self.check(problem, lse_slack=slack, softmax_scale=100.0, logits_soft_cap=2.0)
 
+    @parameterized.parameters((30.0, 0.0), (1e-44, 1.0))
+    def test_soft_cap_of_scores_that_are_nothing(self, cap, softmax_scale):
+        problem = self.problem((0, 1, 64, 700))
+        self.check(problem, softmax_scale=softmax_scale, logits_soft_cap=cap)
+
+    def test_soft_cap_that_caps_nothing(self):
+        # The kernels' error is a share of the cap.
+        problem = self.problem((0, 1, 64, 700))
+        got = decode(*problem.arrays, logits_soft_cap=1e38, implementation="xla")
+        want = decode(*problem.arrays, implementation="xla")
+        np.testing.assert_allclose(got[0].astype(np.float32), want[0].astype(np.float32), atol=1e-2)
+        np.testing.assert_allclose(got[1], want[1], atol=1e-4)
+
     @parameterized.parameters(jnp.bfloat16, jnp.float16)
     def test_window_and_soft_cap(self, dtype):
         problem = self.problem(s_q=2, h_q=32, h_kv=2, dtype=dtype)
