@@ -129,7 +129,8 @@ __device__ __forceinline__ void run_fp8_scores(const KernelParams& p,
             const bool had_none = before == -FLT_MAX;  // nor has the output anything of the row
             rescale[i] = had_none ? 1 : exp2_approx(before - base[i]);
             sum[i] *= rescale[i];
-            rescaled = rescaled || !had_none;
+            // By any of the warp's rows: lane 0, which says so, may have one that is all NaN.
+            rescaled = __any_sync(0xffffffffu, !had_none) || rescaled;
           }
 #pragma unroll
           for (float& score : scores[i]) score = exp2_approx(fmaf(score, to_base_2[i], -base[i]));

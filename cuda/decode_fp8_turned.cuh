@@ -272,6 +272,8 @@ __device__ __forceinline__ void run_turned_scores(const KernelParams& p,
             sum[i] *= rescale[i];
             rescaled = rescaled || !had_none;
           }
+          // By any of the rows: lane 0, which says so, may have some that are all NaN.
+          rescaled = __any_sync(0xffffffffu, rescaled);
         }
         if (!view.whole) clear_unseen(keys, view);  // all have met since they read keys
 #pragma unroll

@@ -150,6 +150,21 @@ class PagedTest(Fp8Test):
         got = decode(*problem.arrays, problem.k_scale, pair=pair, **options)
         self.check(got, problem, causal=True, sliding_window=window, logits_soft_cap=cap)
 
+    @parameterized.product(name=NAMES, page=(16, 64), h_q=(8, 16, 40))
+    def test_rows_beside_some_of_nan(self, name, page, h_q):
+        # What has no maximum yet is not rescaled; the others' maxima rise from block to block.
+        problem = fp8.make_problem(self.rng, [700], name, h_q=h_q, page=page)
+        problem.q[:] *= 8
+        dtype = problem.q.dtype
+        want, plain = (problem.reference(rounded_to=t) for t in (None, dtype))
+        tolerance = fp8.tolerance(problem.q, problem.values)
+        heads = [head for head in (0, 1, 8, 9) if head < h_q / 2]
+        problem.q[0, 0, heads, 5] = np.nan
+        out, lse = (np.array(x, np.float64) for x in decode(*problem.arrays, problem.k_scale))
+        self.assertTrue(np.isnan(out[0, 0, heads]).all() and np.isnan(lse[0, heads, 0]).all())
+        out[0, 0, heads], lse[0, heads, 0] = want[0][0, 0, heads], want[1][0, heads, 0]
+        support.assert_decodes_well(self, (out, lse), want, plain, *tolerance)
+
     @BOTH
     def test_page_ids_outside_the_pool_read_as_zeros(self, name):
         problem = fp8.make_problem(self.rng, [49] * 3, name, page=16, h_q=2)
