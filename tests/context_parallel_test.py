@@ -15,6 +15,28 @@ from tests.meshes import COLLECTIVES, MeshTest, collectives, make_mesh
 PAGE = 64
 
 
+def place_of(page, devices, split, max_blocks):
+    """The device that has a sequence's page, and the column of that device's table."""
+    return (page % devices, page // devices) if split == "interleaved" else divmod(page, max_blocks)
+
+
+def causal_decode(mesh, split):
+    """The jitted decode of whole pools and tables `[devices, ..]`."""
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(P(), P("context"), P("context"), P()),
+        out_specs=P(),
+    )
+    def run(q, pools, tables, lengths):
+        where = {"axis_name": "context", "split": split}
+        return context_parallel.decode(q, pools[0], tables[0], lengths, causal=True, **where)
+
+    return run
+
+
 class ContextParallelTest(MeshTest):
     """One sequence's keys on several devices."""
 
@@ -29,10 +51,7 @@ class ContextParallelTest(MeshTest):
             free = iter(self.rng.permutation(pages))
             for i, length in enumerate(problem.cache_seqlens):
                 for j in range(-(-int(length) // page)):
-                    if split == "interleaved":
-                        owner, local = j % devices, j // devices
-                    else:
-                        owner, local = divmod(j, max_blocks)
+                    owner, local = place_of(j, devices, split, max_blocks)
                     if owner == device:
                         tables[device, i, local] = next(free)
                         source = problem.k_cache[problem.block_table[i, j]]
@@ -94,9 +113,9 @@ class ContextParallelTest(MeshTest):
         problem = problems.make_problem(self.rng, [66, 130, 400], s_q=3, h_q=4)
         pools, tables = self.spread(problem, 8, split, max_blocks=2)
         for i, j in ((0, 1), (1, 2), (2, 3)):
-            device, local = (j % 8, j // 8) if split == "interleaved" else divmod(j, 2)
+            device, local = place_of(j, 8, split, max_blocks=2)
             problem.block_table[i, j] = tables[device, i, local] = outside
-        got = self.decode_causal(mesh, split, problem.q, pools, tables, problem.cache_seqlens)
+        got = causal_decode(mesh, split)(problem.q, pools, tables, problem.cache_seqlens)
         self.assert_close(got, oracle.decode(*problem.arrays, causal=True))
 
     @parameterized.parameters(*context_parallel.SPLITS)
@@ -109,22 +128,9 @@ class ContextParallelTest(MeshTest):
         spread = [self.spread(part, 8, split, max_blocks=2) for part in parts]
         pools, tables = (np.stack(x, axis=1) for x in zip(*spread, strict=True))
         q, lengths = (np.stack([getattr(x, n) for x in parts]) for n in ("q", "cache_seqlens"))
-        got = self.decode_causal(mesh, split, q, pools, tables, lengths)
+        got = causal_decode(mesh, split)(q, pools, tables, lengths)
         wants = zip(*(oracle.decode(*part.arrays, causal=True) for part in parts), strict=True)
         self.assert_close(got, [np.stack(x) for x in wants])
-
-    def decode_causal(self, mesh, split, *operands):
-        @functools.partial(
-            jax.shard_map,
-            mesh=mesh,
-            in_specs=(P(), P("context"), P("context"), P()),
-            out_specs=P(),
-        )
-        def run(q, pools, tables, lengths):
-            where = {"axis_name": "context", "split": split}
-            return context_parallel.decode(q, pools[0], tables[0], lengths, causal=True, **where)
-
-        return jax.jit(run)(*operands)
 
     @parameterized.product(split=context_parallel.SPLITS, case=((1, 64, 2), (3, 64, 2), (3, 16, 6)))
     def test_append_then_decode(self, split, case):
@@ -165,7 +171,7 @@ class ContextParallelTest(MeshTest):
         problem = problems.make_problem(self.rng, [room, room, 65], s_q=s_q)
         pools, tables = self.spread(problem, 8, split, max_blocks=2)
 
-        run = functools.partial(self.decode_causal, mesh, split)
+        run = causal_decode(mesh, split)
         longer = problem.cache_seqlens + np.array([1, 1000, 0], np.int32)
         got = run(problem.q, pools, tables, longer)
         self.assert_close(got, oracle.decode(*problem.arrays, causal=True))
