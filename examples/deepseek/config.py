@@ -169,8 +169,11 @@ def _parse_yarn(fields) -> Yarn | None:
     values = {**YARN_DEFAULTS, **fields}
     for field in dataclasses.fields(Yarn):
         value = values.get(field.name)
-        if not _is_number(value) or value < 0 or (value == 0 and "mscale" not in field.name):
+        if not _is_number(value) or value < 0:
             raise ValueError(f"rope_scaling.{field.name}: expected a number, got {value!r}")
+    for name in ("original_max_position_embeddings", "beta_fast", "beta_slow"):
+        if values[name] == 0:
+            raise ValueError(f"rope_scaling.{name}: expected a number above 0, got 0")
     if values["factor"] < 1:
         raise ValueError(f"rope_scaling.factor: expected at least 1, got {values['factor']}")
     return Yarn(**{field.name: values[field.name] for field in dataclasses.fields(Yarn)})

@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import processors
 
 from examples.deepseek.config import read_config
-from examples.deepseek.steps import Stepper, load_stepper, make_mesh
+from examples.deepseek.steps import Stepper, check_batch, load_stepper, make_mesh
 
 TOKENIZER = "tokenizer.json"
 
@@ -53,8 +53,7 @@ def load(
             f"got {len(tokenizer)}"
         )
     mesh = make_mesh(data, model_axis)
-    if max_batch % data:
-        raise ValueError(f"max_batch: expected a multiple of {data} pools, got {max_batch}")
+    check_batch(max_batch, data)
     stepper = load_stepper(
         directory,
         dtype=jnp.dtype(dtype),

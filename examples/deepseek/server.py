@@ -289,10 +289,14 @@ def main(arguments=None):
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--name", help="of the model in requests (default: the directory's)")
-    number = {"type": options.positive}
-    parser.add_argument("--max-body", default=Limits.body_bytes, metavar="BYTES", **number)
     parser.add_argument(
-        "--max-requests", default=Limits.concurrent_requests, help="at a time", **number
+        "--max-body", type=options.positive, default=Limits.body_bytes, metavar="BYTES"
+    )
+    parser.add_argument(
+        "--max-requests",
+        type=options.positive,
+        default=Limits.concurrent_requests,
+        help="at a time",
     )
     parser.add_argument(
         "--grace", type=int, default=10, metavar="SECONDS", help="for answers when told to end"

@@ -95,10 +95,7 @@ class Stepper:
         for name in ("max_batch", "num_pages", "max_blocks", "prefill_chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if max_batch % self.pools:
-            raise ValueError(
-                f"max_batch: expected a multiple of {self.pools} pools, got {max_batch}"
-            )
+        check_batch(max_batch, self.pools)
         check_divides(config, mesh.shape["model"])
         dtype = params["embed/embedding"].dtype
         if attention not in ATTENTIONS:
@@ -222,6 +219,12 @@ class Stepper:
                 f"{name}: expected int32 {list(shape)}, got {array.dtype} {list(array.shape)}"
             )
         return array
+
+
+def check_batch(max_batch: int, pools: int) -> None:
+    """Raises unless every pool has as many rows of a decode."""
+    if max_batch % pools:
+        raise ValueError(f"max_batch: expected a multiple of {pools} pools, got {max_batch}")
 
 
 def load_stepper(directory, *, dtype=jnp.bfloat16, mesh=None, **options) -> Stepper:

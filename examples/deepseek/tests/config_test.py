@@ -96,7 +96,11 @@ class ConfigTest(parameterized.TestCase):
             "rope_scaling.original_max_position_embeddings: expected a number, got None",
         ),
         ("rope_factor", {"rope_scaling": checkpoints.YARN | {"factor": 0.5}}, "factor: expected"),
-        ("rope_zero", {"rope_scaling": checkpoints.YARN | {"beta_fast": 0}}, "beta_fast: expected"),
+        (
+            "rope_zero",
+            {"rope_scaling": checkpoints.YARN | {"beta_fast": 0}},
+            "beta_fast: expected a number above 0, got 0",
+        ),
         ("rope_theta", {"rope_theta": 1}, "rope_theta: expected a number above 1, got 1"),
         (
             "block",
