@@ -38,6 +38,16 @@ __device__ __forceinline__ float load_early(const float* at) {
   return x;
 }
 
+// Four that lie together, or one.
+__device__ __forceinline__ void load_early(const float* at, float (&x)[4]) {
+  asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
+               : "l"(at));
+}
+__device__ __forceinline__ void load_early(const float* at, float (&x)[1]) {
+  x[0] = load_early(at);
+}
+
 // `leave` is asked when all is prepared that does not want the partial results.
 template <typename Element, typename S, typename Leave>
 __device__ __forceinline__ void combine_many(const KernelParams& p, const Tile& tile, int slice,
@@ -74,25 +84,25 @@ __device__ __forceinline__ void combine_many(const KernelParams& p, const Tile& 
   float4 sum[S::kVectors] = {};
 #pragma unroll 1
   for (int begin = 0; begin < tile.splits; begin += S::kAtOnce) {
+    // First what the weights are found of, since all wait for them.
+    float lse[kWeights];
+#pragma unroll
+    for (int k = 0; k < kWeights; ++k, lses += lses_step) {
+      const bool there = begin + k * kGroups + group < tile.splits;
+      lse[k] = there && lse_target.out != nullptr ? load_early(lses) : -INFINITY;
+    }
     uint2 loaded[S::kAhead][S::kVectors];
     float scale[S::kAhead][S::kVectors];
 #pragma unroll
     for (int j = 0; j < S::kAhead; ++j, columns += columns_step, scales += scales_step) {
       if (begin + j * S::kWarps + warp >= tile.splits) break;
 #pragma unroll
-      for (int v = 0; v < S::kVectors; ++v) {
-        loaded[j][v] = load_early(columns + v * 32);
-        scale[j][v] = load_early(scales + v);
-      }
+      for (int v = 0; v < S::kVectors; ++v) loaded[j][v] = load_early(columns + v * 32);
+      load_early(scales, scale[j]);
     }
-    float lse[kWeights];
     float top = kLowest;
 #pragma unroll
-    for (int k = 0; k < kWeights; ++k, lses += lses_step) {
-      const bool there = begin + k * kGroups + group < tile.splits;
-      lse[k] = there && lse_target.out != nullptr ? *lses : -INFINITY;
-      top = fmaxf(top, lse[k]);
-    }
+    for (int k = 0; k < kWeights; ++k) top = fmaxf(top, lse[k]);
     top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, kPartialRows));
     __syncthreads();  // weights and factors of splits before have been read
     if (lane < kPartialRows) smem.maxima[warp][row] = top;

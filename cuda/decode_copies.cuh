@@ -70,13 +70,15 @@ struct BlockPages {
     } else {
       // Of a page that does not exist no slice does.
       const int slices = p.page_tokens / kSliceTokens;
+      if (p.parts > 1) {
 #pragma unroll
-      for (int i = 1; i < kParts; ++i) {
-        if (i < p.parts) of_part[i] = load_page<kParts>(p, work, seq, block, i);
-      }
+        for (int i = 1; i < kParts; ++i) {
+          if (i < p.parts) of_part[i] = load_page<kParts>(p, work, seq, block, i);
+        }
 #pragma unroll
-      for (int i = 1; i < kParts; ++i) {
-        if (i < p.parts) of_part[i] = check_page(p, work.group, of_part[i]) * slices;
+        for (int i = 1; i < kParts; ++i) {
+          if (i < p.parts) of_part[i] = check_page(p, work.group, of_part[i]) * slices;
+        }
       }
       of_part[0] = check_page(p, work.group, first) * slices +
                    block_in_page(p, block) * (kBlock / kSliceTokens);

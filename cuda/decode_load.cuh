@@ -92,10 +92,10 @@ __device__ __forceinline__ void load_keys(const KernelParams& p, const TensorMap
     for (int block = item.first; block < item.last; ++block) {
       const bool last = block + 1 == item.last;
       const BlockPages<kMaxParts> pages(p, work, seq, block, next);
-      next = load_page<kMaxParts>(p, work, last ? seq + 1 : seq, last ? 0 : block + 1);
       // The first queries go before the second block: the copy engine takes its time for each.
       if (seq == work.begin_seq && block == item.first + 1) smem.q_full.wait(0);
       load_half(0, block, pages);
+      next = load_page<kMaxParts>(p, work, last ? seq + 1 : seq, last ? 0 : block + 1);
       smem.rope_empty[rope.slot].wait(rope.parity ^ 1);
       FullBarrier& barrier = smem.rope_full[rope.slot];
       barrier.arrive_and_expect_tx(kTileBytes);

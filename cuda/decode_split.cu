@@ -14,6 +14,12 @@
 namespace jax_flashmla {
 namespace {
 
+// Threads of the loader: those that load, and the first of a warp that has time.
+inline constexpr int kKeyThread = 0;
+inline constexpr int kLeftThread = 32;
+inline constexpr int kRightThread = 64;
+inline constexpr int kEmptyThread = 96;
+
 // Named barriers of a CTA without a cluster, for: shared memory is set up; its barriers are.
 inline constexpr int kSetUp = 1;
 inline constexpr int kBarriersSetUp = 2;
@@ -39,16 +45,20 @@ __device__ __forceinline__ void init_barriers(SharedMemory<Element>& smem) {
   cutlass::arch::fence_barrier_init();
 }
 
-// All meet when shared memory is set up. The loader sets up barriers, and need not wait for the
-// rest.
+// All meet when shared memory is set up. The loader has set up barriers, and need not wait for the
+// rest, but in a cluster for the others' barriers.
 template <int kCtas>
-__device__ __forceinline__ void meet_as_loader() {
+__device__ __forceinline__ void arrive_as_loader() {
   if constexpr (kCtas == 1) {
     cutlass::arch::NamedBarrier::sync(kWarpgroup, kBarriersSetUp);
     cutlass::arch::NamedBarrier::arrive(kThreads, kSetUp);
   } else {
-    cluster_sync();
+    cluster_arrive_relaxed();  // what others are to see, `fence_barrier_init` has released
   }
+}
+template <int kCtas>
+__device__ __forceinline__ void wait_as_loader() {
+  if constexpr (kCtas > 1) cluster_wait();
 }
 
 template <int kCtas>
@@ -70,15 +80,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int thread = threadIdx.x % kWarpgroup;
   if (role == kLoader) {
     cutlass::arch::warpgroup_reg_dealloc<40>();
-    if (thread == 0) init_barriers<kCtas, kSource>(smem);
-    if (thread == 96) prefetch_maps(maps);
+    if (thread == kKeyThread) init_barriers<kCtas, kSource>(smem);
+    if (thread == kEmptyThread) prefetch_maps(maps);
     __syncwarp();
+    arrive_as_loader<kCtas>();
     const Place place = find_place(p, zero_of_lane());
     wait_for_kernel_before(place.plan);
     const Work found = read_plan(place);  // on its way while all meet
-    meet_as_loader<kCtas>();
+    wait_as_loader<kCtas>();
     const Work work = check_plan(p, found);
-    if (thread == 0) {
+    if (thread == kRightThread) {
       smem.work = work;
       smem.work_known.arrive();
     }
@@ -89,10 +100,11 @@ __global__ void __launch_bounds__(kThreads, 1)
       // Last: keys are waited for, and the others still have the last of them to multiply.
       write_empty<kWarpgroup>(p, smem.work, smem.work.tile * kRowTile, kRowTile, thread);
     } else {
-      if (thread == 0) load_keys<kCtas>(p, maps, smem, work);
-      if (thread == 32) load_queries(p, maps, smem, work, kLeft);
-      if (thread == 64) load_queries(p, maps, smem, work, kRight);
-      if (thread >= 96) write_empty<32>(p, work, work.tile * kRowTile, kRowTile, thread % 32);
+      if (thread == kKeyThread) load_keys<kCtas>(p, maps, smem, work);
+      if (thread == kLeftThread) load_queries(p, maps, smem, work, kLeft);
+      if (thread == kRightThread) load_queries(p, maps, smem, work, kRight);
+      if (thread >= kEmptyThread)
+        write_empty<32>(p, work, work.tile * kRowTile, kRowTile, thread % 32);
     }
   } else {
     clear_missing_rows(p, smem.q, threadIdx.x);

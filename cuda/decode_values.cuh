@@ -51,6 +51,17 @@ __device__ __forceinline__ void run_values(const KernelParams& p, SharedMemory<E
     const Item item = find_item<true>(p, work, seq);
     clear(out);
     float inverse[2] = {0, 0};
+    const auto write = [&](int part) __attribute__((always_inline)) {
+      const auto get = [&](int i) __attribute__((always_inline)) {
+        const int at = part * (kPartTiles * 32) + 4 * i;
+        return make_float4(out(at), out(at + 1), out(at + 2), out(at + 3));
+      };
+      constexpr int kCount = kPartTiles * 64 / kPartialColumns;
+      const int row = work.tile * kRowTile + thread / 32 * 16;
+      const int64_t tile = partial_tile(p, work, item, row / kPartialRows);
+      write_output<Element, kCount>(p, work, item, tile, row, (side * kParts + part) * kCount, lane,
+                                    inverse, get);
+    };
     if (item.blocks() > 0) half.advance();  // the queries
 #pragma unroll 1
     for (int block = item.first; block < item.last; ++block) {
@@ -76,6 +87,7 @@ __device__ __forceinline__ void run_values(const KernelParams& p, SharedMemory<E
       smem.factors_read[rope.slot].arrive();
       warpgroup_wait<1>();
       release<kCtas, kSource>(smem.half_empty[half.slot][0], lane);
+      if (block + 1 == item.last) write(0);
       warpgroup_wait<0>();
       release<kCtas, kSource>(smem.half_empty[half.slot][1], lane);
       release<kCtas>(smem.rope_empty[rope.slot], lane);
@@ -84,13 +96,8 @@ __device__ __forceinline__ void run_values(const KernelParams& p, SharedMemory<E
       half.advance();
       rope.advance();
     }
-    const auto get = [&](int i) __attribute__((always_inline)) {
-      return make_float4(out(4 * i), out(4 * i + 1), out(4 * i + 2), out(4 * i + 3));
-    };
-    constexpr int kCount = kHalfTiles * 64 / kPartialColumns;
-    const int row = work.tile * kRowTile + thread / 32 * 16;
-    const int64_t tile = partial_tile(p, work, item, row / kPartialRows);
-    write_output<Element, kCount>(p, work, item, tile, row, side * kCount, lane, inverse, get);
+    if (item.blocks() == 0) write(0);
+    write(1);
   }
 }
 
