@@ -52,7 +52,7 @@ template <int kCount, typename Key>
 __device__ __forceinline__ void finish_scores(const KernelParams& p, const BlockView<true>& view,
                                               int hidden, float scale, float (&scores)[kCount],
                                               const Key& key) {
-  if (p.cap_scale != 0) {
+  if (p.logits_soft_cap > 0) {
 #pragma unroll
     for (float& score : scores) score = capped(p, score * scale);
     scale = 1;
@@ -105,7 +105,7 @@ __device__ __forceinline__ void run_fp8_scores(const KernelParams& p,
           const float scale = kBlocks ? 1 : q.scale[i];
           to_base_2[i] = scale * p.score_scale;
           // Below, the largest score is taken for the largest of base 2.
-          if (!view.whole || p.cap_scale != 0 || !(p.score_scale > 0)) {
+          if (!view.whole || p.logits_soft_cap > 0 || !(p.score_scale > 0)) {
             const ScoresThread<kRows> now;
             const int row = work.tile * kRows + now.row() + i * 8;
             const int hidden = hidden_keys(p, p.by_heads_per_kv.div(row));

@@ -246,7 +246,7 @@ __device__ __forceinline__ void run_turned_scores(const KernelParams& p,
           const float scale = kBlocks ? 1 : q_scale[i];
           to_base_2[i] = scale * p.score_scale;
           // Below, the largest score is taken for the largest of base 2.
-          if (!view.whole || p.cap_scale != 0 || !(p.score_scale > 0)) {
+          if (!view.whole || p.logits_soft_cap > 0 || !(p.score_scale > 0)) {
             const int row = work.tile * kNarrowRows + now.row(i);
             const int hidden = hidden_keys(p, p.by_heads_per_kv.div(row));
             finish_scores(p, view, hidden, scale, scores[i], [&](int key) { return now.key(key); });

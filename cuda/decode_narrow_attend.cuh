@@ -131,7 +131,7 @@ __device__ __forceinline__ void attend(const KernelParams& p, NarrowMemory<Eleme
       } else {
         raw = compute_scores<false>(smem, chunk, rope, warp, lane, q);
       }
-      if (kWindowed && p.cap_scale != 0)
+      if (kWindowed && p.logits_soft_cap > 0)
         raw = {capped(p, raw.x), capped(p, raw.y), capped(p, raw.z), capped(p, raw.w)};
       float scores[2][2] = {{raw.x, raw.y}, {raw.z, raw.w}};
       const BlockView<kWindowed> view(p, item, block);

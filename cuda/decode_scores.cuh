@@ -108,7 +108,7 @@ template <typename Scores>
 __device__ __forceinline__ void scale_and_mask(const KernelParams& p, const Work& work,
                                                const BlockView<true>& view, const Rows& rows,
                                                Scores& scores) {
-  if (p.cap_scale != 0) {
+  if (p.logits_soft_cap > 0) {
 #pragma unroll
     for (int i = 0; i < size(scores); ++i) scores(i) = capped(p, scores(i));
   }

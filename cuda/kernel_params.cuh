@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <limits>
 
 #include "cuda/decode.h"
 
@@ -28,7 +27,7 @@ struct KernelParams : DecodeParams {
   int most_hidden;  // keys at the end that the first query token does not see
   int window;       // the sliding window, or more keys than there are
   // What products of queries and keys are multiplied with, for scores of base 2; with a cap, first
-  // for the exponent of its hyperbolic tangent (zero: no cap), and then the tangent.
+  // for the exponent of its hyperbolic tangent, and then the tangent.
   float score_scale;
   float cap_scale;
 
@@ -50,12 +49,7 @@ struct KernelParams : DecodeParams {
         most_hidden(p.causal ? p.s_q - 1 : 0),
         window(p.sliding_window > 0 ? p.sliding_window : 1 << 30),
         score_scale((p.logits_soft_cap > 0 ? p.logits_soft_cap : p.softmax_scale) * kLog2E),
-        cap_scale(p.logits_soft_cap > 0 ? p.softmax_scale / p.logits_soft_cap * 2 * kLog2E : 0) {
-    // Zero would say that there is no cap: a scale of zero, or one that is nothing beside the cap.
-    if (p.logits_soft_cap > 0 && cap_scale == 0) {
-      cap_scale = std::numeric_limits<float>::denorm_min();
-    }
-  }
+        cap_scale(p.logits_soft_cap > 0 ? p.softmax_scale / p.logits_soft_cap * 2 * kLog2E : 0) {}
 
   __device__ int heads_per_kv() const { return by_heads_per_kv.divisor; }
   __device__ int num_rows() const { return by_num_rows.divisor; }
