@@ -28,19 +28,17 @@ __device__ __forceinline__ int4 peek(const int4* at) {
 __device__ __forceinline__ void prefetch_keys(const KernelParams& p, const EmptyBarrier& waited) {
   // With a window, only the length tells which block is the first.
   if (p.h_kv != 1 || p.sliding_window > 0) return;
-  int row, tile;  // of the plans of all groups
-  p.by_row_tiles(row, tile, static_cast<int>(blockIdx.x));
-  const int group = p.by_num_parts.div(row);
-  const int4 range = peek(reinterpret_cast<const int4*>(p.tile_scheduler_metadata) +
-                          static_cast<int64_t>(row) * (kMetadataColumns / 4));
+  const Place place = find_place(p);
+  const Work& work = place.work;
+  const int4 range = peek(place.plan);
   const int seq = range.x;
   // Row tiles share the keys: every other one takes the second block.
-  const uint32_t block = static_cast<uint32_t>(range.y) + tile % 2;
+  const uint32_t block = static_cast<uint32_t>(range.y) + work.tile % 2;
   const uint32_t entry = block >> p.page_shift;
   const bool mine = seq < range.z || (seq == range.z && block < static_cast<uint32_t>(range.w));
   if (!mine || seq < 0 || seq >= p.batch || entry >= p.max_blocks) return;
-  const int64_t first_entry = (static_cast<int64_t>(group) * p.batch + seq) * p.max_blocks;
-  const int page = check_page(p, group, peek(p.block_table + first_entry + entry));
+  const int64_t first_entry = work.first_entry + static_cast<int64_t>(seq) * p.max_blocks;
+  const int page = check_page(p, work.group, peek(p.block_table + first_entry + entry));
   if (page < 0 || waited.test_wait(0)) return;
   const int64_t token =
       wide(page) * p.page_tokens + block_in_page(p, static_cast<int>(block)) * kBlock;

@@ -208,12 +208,14 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(PlanParams p, Quotients 
 cudaError_t launch_plan(const PlanParams& params, cudaStream_t stream) {
   if (params.groups == 0) return cudaSuccess;
   // Few threads have cheaper barriers; many walk fewer sequences each.
-  if (params.batch <= 256) {
-    plan_kernel<256><<<params.groups, 256, 0, stream>>>(params, Quotients(params));
-  } else {
-    plan_kernel<1024><<<params.groups, 1024, 0, stream>>>(params, Quotients(params));
-  }
-  return cudaGetLastError();
+  const bool few = params.batch <= 256;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(params.groups));
+  config.blockDim = dim3(few ? 256 : 1024);
+  config.stream = stream;
+  // Its own error, where cudaGetLastError may have that of an earlier call.
+  return cudaLaunchKernelEx(&config, few ? plan_kernel<256> : plan_kernel<1024>, params,
+                            Quotients(params));
 }
 
 }  // namespace jax_flashmla
