@@ -54,8 +54,12 @@ __device__ __forceinline__ Tile find_tile(const KernelParams& p, int group, int6
 
 // Returns whether there is nothing to combine, once the partial results are there. One CTA waits in
 // any case, so that this kernel does not end before the split kernel: the next one waits for this.
+// Where no CTA has anything to combine, the next kernel gets ready while the split kernel ends.
 __device__ __forceinline__ bool leave_or_wait(bool nothing) {
-  if (nothing && blockIdx.x != 0) return true;
+  if (nothing) {
+    if (blockIdx.x != 0) return true;
+    cudaTriggerProgrammaticLaunchCompletion();
+  }
   wait_for_kernel_before();
   return nothing;
 }

@@ -67,7 +67,8 @@ cudaError_t launch_dependent(const LaunchShape& shape, cudaStream_t stream,
 // What all threads of such a kernel call before they touch memory that others write: from then on,
 // all before it in the stream is done. Until then, they can only get ready. Only then may the next
 // kernel take its place on an SM that has no more work, and not before: the combine kernel relies
-// on that when it reads the plan before its own wait.
+// on that when it reads the plan before its own wait. (What comes after the combine kernel relies
+// on nothing, and may come earlier.)
 __device__ __forceinline__ void wait_for_kernel_before() {
   cudaGridDependencySynchronize();
   cudaTriggerProgrammaticLaunchCompletion();
