@@ -38,7 +38,7 @@ __device__ __forceinline__ void prefetch_block(const KernelParams& p, const Work
 }
 
 // Has the keys of a CTA's first block brought into L2, by a thread that nobody waits for, before
-// `wait_for_kernel_before`. If the plan and the table are not yet what they will be, these are
+// `wait_for_kernel_before`. If plan, table and length are not yet what they will be, these are
 // other keys of the pool, or none: nothing but time depends on it. The same if keys are written
 // meanwhile, since all that writes or reads them goes through L2. `waited`: the copies themselves
 // have begun, and would only be held up.
