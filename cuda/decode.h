@@ -34,7 +34,7 @@ enum class KeyFormat { kPlain, kFp8PerTensor, kFp8Block };
 // i has, of rows i / 4 and i / 4 + 8, columns 2 (i % 4) and the next. Numbers are 16-bit floats,
 // since an SM writes no more than some 34 bytes a cycle; each strip's over a power of two, since
 // values may be of any size.
-// Queries, keys, tile_scheduler_metadata, out and partial_out are aligned to 16 bytes.
+// Queries, keys, tile_scheduler_metadata, out and the partial results are aligned to 16 bytes.
 struct DecodeParams {
   DType dtype;
   KeyFormat key_format;

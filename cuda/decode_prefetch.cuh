@@ -37,7 +37,7 @@ __device__ __forceinline__ void prefetch_block(const KernelParams& p, const Work
                "r"(kBlock * p.row_bytes));
 }
 
-// Has the keys of a CTA's first block brought into L2, by a thread that nobody waits for, before
+// Has the keys of a CTA's first blocks brought into L2, by a thread that nobody waits for, before
 // `wait_for_kernel_before`. If plan, table and length are not yet what they will be, these are
 // other keys of the pool, or none: nothing but time depends on it. The same if keys are written
 // meanwhile, since all that writes or reads them goes through L2. `waited`: the copies themselves

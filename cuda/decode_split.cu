@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     arrive_as_loader<kCtas>();
     const Place place = find_place(p, zero_of_lane());
     wait_for_kernel_before(place.plan);
-    const Work found = read_plan(place);  // on its way while all meet
+    const Work found = read_plan(place);  // on its way while a cluster meets
     wait_as_loader<kCtas>();
     const Work work = check_plan(p, found);
     if (thread == kRightThread) {
