@@ -11,9 +11,11 @@ from jax_flashmla.arguments import HEAD_DIM
 from jax_flashmla.cache_formats import FP8_BLOCK, FP8_FORMATS, FP8_PER_TENSOR, format_of
 from jax_flashmla.cache_layout import check_cache, check_scale, find_rows
 from jax_flashmla.primitive import define_primitive, lower_on_mesh, needs_devices, result_aval
+from jax_flashmla.promotion import own_promotions
 from jax_flashmla.quantization import quantize_rows, rows_array
 
 
+@own_promotions
 def append_kv_cache(
     k_cache: jax.Array,
     new_kv: jax.Array,

@@ -23,11 +23,13 @@ from jax_flashmla.cache import append_kv_cache
 from jax_flashmla.cache_layout import check_cache, check_page_size, find_rows
 from jax_flashmla.decode import flash_mla_with_kvcache
 from jax_flashmla.merge import merge_attention_states
+from jax_flashmla.promotion import own_promotions
 from jax_flashmla.quantization import dequantize_rows
 
 SPLITS = ("interleaved", "contiguous")
 
 
+@own_promotions
 def local_seqlens(
     cache_seqlens: jax.Array,
     max_blocks: int,
@@ -67,6 +69,7 @@ def local_seqlens(
     return lengths // turn * page + jnp.clip(last_page, 0, page)
 
 
+@own_promotions
 def append(
     k_cache: jax.Array,
     new_kv: jax.Array,
@@ -119,6 +122,7 @@ def append(
     return k_cache
 
 
+@own_promotions
 def decode(
     q: jax.Array | tuple[jax.Array, jax.Array],
     k_cache: jax.Array,

@@ -13,8 +13,10 @@ from jax_flashmla.arguments import HEAD_DIM, LATENT_DIM
 from jax_flashmla.cache_formats import FP8_FORMATS, format_of
 from jax_flashmla.decode_local import DecodeConfig, decode_abstract, decode_local_p, result_types
 from jax_flashmla.primitive import define_primitive, lower_on_mesh, needs_devices
+from jax_flashmla.promotion import own_promotions
 
 
+@own_promotions
 def flash_mla_with_kvcache(
     q: jax.Array | tuple[jax.Array, jax.Array],
     k_cache: jax.Array,

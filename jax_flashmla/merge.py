@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from jax_flashmla import arguments
+from jax_flashmla.promotion import own_promotions
 
 
+@own_promotions
 def merge_attention_states(
     outs: jax.Array | Sequence[jax.Array], lses: jax.Array | Sequence[jax.Array]
 ) -> tuple[jax.Array, jax.Array]:

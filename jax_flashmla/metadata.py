@@ -17,6 +17,7 @@ from jax_flashmla.primitive import (
     needs_devices,
     result_aval,
 )
+from jax_flashmla.promotion import own_promotions
 
 # SMs of an H100 SXM or H200: what a plan is made for where JAX sees no GPU.
 DEFAULT_NUM_SMS = 132
@@ -30,6 +31,7 @@ class MLAMetadata(NamedTuple):
     num_splits: jax.Array  # [*G, b + 1] int32
 
 
+@own_promotions
 def get_mla_metadata(
     cache_seqlens: jax.Array,
     num_q_tokens_per_head_k: int,

@@ -20,6 +20,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_flashmla.partition import is_sharded, spec_of
+from jax_flashmla.promotion import own_promotions
 
 # A lowering rule: (LoweringRuleContext, *ir_values, config=...) -> sequence of ir values.
 LoweringRule = Callable[..., Sequence]
@@ -64,12 +65,7 @@ def lower_as_jax(fun: Callable) -> LoweringRule:
     more, it would have to be repeated for every constant and loop inside. Nor does it see how
     strict the user's own program is about promotions.
     """
-
-    def with_promotions(*args, **params):
-        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-            return fun(*args, **params)
-
-    lower = mlir.lower_fun(with_promotions, multiple_results=True)
+    lower = mlir.lower_fun(own_promotions(fun), multiple_results=True)
 
     def lowering(ctx, *operands, **params):
         ctx = ctx.replace(
@@ -189,7 +185,7 @@ def _partitioned(fun, rule, whole, divide):
         def on_mesh(specs):
             return tuple(NamedSharding(mesh, spec) for spec in specs)
 
-        return mesh, part, on_mesh(out_specs), on_mesh(in_specs)
+        return mesh, own_promotions(part), on_mesh(out_specs), on_mesh(in_specs)
 
     function.def_partition(
         partition=partition, sharding_rule=rule, need_replication_factors=tuple(whole)

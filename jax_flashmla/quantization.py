@@ -20,6 +20,7 @@ from jax_flashmla.cache_formats import (
 )
 from jax_flashmla.cache_layout import check_scale
 from jax_flashmla.primitive import without_derivative
+from jax_flashmla.promotion import own_promotions
 
 ROW_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 # The smallest scale: with it the smallest e4m3 value, 2**-9, is float32's smallest normal number,
@@ -27,6 +28,7 @@ ROW_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 MIN_SCALE = 2.0**-117
 
 
+@own_promotions
 def quantize_kv_cache(
     kv: jax.Array,
     format: CacheFormat,
@@ -86,6 +88,7 @@ def quantize_kv_cache(
     return _quantize(kv, scale, format=format, power_of_two_scales=power_of_two_scales)
 
 
+@own_promotions
 def dequantize_kv_cache(
     k_cache: jax.Array, k_scale: jax.Array | float | None = None, dtype=jnp.bfloat16
 ) -> jax.Array:

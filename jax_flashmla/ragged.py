@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_flashmla import arguments, partition
+from jax_flashmla.promotion import own_promotions
 
 
 class Tokens(NamedTuple):
@@ -139,6 +140,7 @@ def rows_as_sequences(
     return page[..., None], jnp.where(named, position % page_size + 1, 0)
 
 
+@own_promotions
 def block_table_from_csr(kv_indptr: jax.Array, kv_indices: jax.Array, max_blocks: int) -> jax.Array:
     """The page table of sequences whose pages are listed one after the other (CSR, as FlashInfer).
 

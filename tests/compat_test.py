@@ -123,6 +123,13 @@ class CompatTest(parameterized.TestCase):
         got = self.run_adapter(name, batch, sm_scale=0.06)
         self.check(batch, got, sm_scale=0.06)
 
+    @parameterized.parameters(*ADAPTERS)
+    def test_strict_promotions(self, name):
+        batch = draw_batch(self.rng, name, BATCHES["speculative"])
+        with support.strict_promotions():
+            got = self.run_adapter(name, batch, sm_scale=0.06)
+        self.check(batch, got, sm_scale=0.06)
+
     @parameterized.product(name=tuple(ADAPTERS), h_q=(1, 7, 128), dtype=(jnp.bfloat16, jnp.float16))
     def test_heads_and_dtypes(self, name, h_q, dtype):
         batch = draw_batch(self.rng, name, BATCHES["speculative"], h_q=h_q, dtype=dtype)

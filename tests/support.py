@@ -1,5 +1,6 @@
 """What several test files share: when to skip, and what counts as close enough."""
 
+import contextlib
 import functools
 
 import jax
@@ -25,6 +26,20 @@ def skip_if_scatters_copy(test_case):
     version = tuple(map(int, jaxlib.__version__.split(".")[:2]))
     if jax.default_backend() == "cpu" and version < (0, 11):
         test_case.skipTest("XLA:CPU of jaxlib 0.10 scatters 16-bit floats through a float32 copy")
+
+
+@contextlib.contextmanager
+def strict_promotions():
+    """As strict as a user's program can be about operands of different ranks and dtypes."""
+    strict = {"jax_numpy_rank_promotion": "raise", "jax_numpy_dtype_promotion": "strict"}
+    before = {name: getattr(jax.config, name) for name in strict}
+    try:
+        for name, value in strict.items():  # in all threads: XLA has one that partitions
+            jax.config.update(name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 def assert_same_bits(got, want):
