@@ -70,51 +70,56 @@ OPERATIONS = {
 }
 
 
-class PromotionTest(meshes.MeshTest):
-    def assert_same(self, got, want):
-        for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-            np.testing.assert_array_equal(*(np.asarray(z).view(np.uint8) for z in (x, y)))
+def draw_operands():
+    problem = problems.make_problem(np.random.default_rng(), [3, 0, 300, 64], s_q=2)
+    return [jnp.asarray(x) for x in problem.arrays]
 
-    def operands(self, **options):
-        problem = problems.make_problem(self.rng, [3, 0, 300, 64], s_q=2, **options)
-        return [jnp.asarray(x) for x in problem.arrays]
 
+def assert_same(got, want):
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(*(np.asarray(z).view(np.uint8) for z in (x, y)))
+
+
+class OperationsTest(parameterized.TestCase):
     @parameterized.product(name=tuple(OPERATIONS), jit=(False, True))
     def test_operation(self, name, jit):
-        operands = self.operands()
+        operands = draw_operands()
         fun = jax.jit(OPERATIONS[name]) if jit else OPERATIONS[name]
         want = fun(*operands)
         with support.strict_promotions():
-            self.assert_same(fun(*operands), want)
+            assert_same(fun(*operands), want)
 
+
+class MeshesTest(meshes.MeshTest):
     @parameterized.parameters(
         ("decode", ["data"]), ("decode", ["data", None, None, "model"]), ("append", ["data"])
     )
     def test_on_a_mesh(self, name, axes):
         mesh = meshes.make_mesh((4, 2), ("data", "model"))
-        pools = [self.operands() for _ in range(4)]
+        pools = [draw_operands() for _ in range(4)]
         operands = [jnp.stack(x) for x in zip(*pools, strict=True)]
         operands = meshes.put(mesh, operands, [axes, *[["data"]] * 3])
         want = jax.jit(OPERATIONS[name])(*operands)
         with support.strict_promotions():
-            self.assert_same(jax.jit(OPERATIONS[name])(*operands), want)
+            assert_same(jax.jit(OPERATIONS[name])(*operands), want)
 
     def test_context_parallel(self):
         mesh = meshes.make_mesh((8,), ("context",))
-        q, k_cache, block_table, lengths = self.operands()
-        lengths = jnp.minimum(lengths, 3)
+        *operands, lengths = draw_operands()
+        operands.append(jnp.minimum(lengths, 3))
 
+        @functools.partial(
+            jax.shard_map, mesh=mesh, in_specs=(P(),) * 4, out_specs=P(), check_vma=False
+        )
         def run(q, k_cache, block_table, lengths):
             where = {"axis_name": "context", "split": "interleaved"}
             rows = q[..., :1, :]
             k_cache = context_parallel.append(k_cache, rows, block_table, lengths, **where)
             return context_parallel.decode(q, k_cache, block_table, lengths, causal=True, **where)
 
-        specs = {"in_specs": (P(),) * 4, "out_specs": P(), "check_vma": False}
-        fun = jax.shard_map(run, mesh=mesh, **specs)
-        want = jax.jit(fun)(q, k_cache, block_table, lengths)
+        want = jax.jit(run)(*operands)
         with support.strict_promotions():
-            self.assert_same(jax.jit(fun)(q, k_cache, block_table, lengths), want)
+            assert_same(jax.jit(run)(*operands), want)
 
 
 if __name__ == "__main__":

@@ -37,12 +37,14 @@ from jax_flashmla import arguments, cache_layout, ragged
 from jax_flashmla.arguments import HEAD_DIM, LATENT_DIM, ROPE_DIM
 from jax_flashmla.cache import append_packed
 from jax_flashmla.decode import flash_mla_with_kvcache
+from jax_flashmla.promotion import own_promotions
 
 LANES = 128  # both parts of a row are padded to multiples of so many columns
 PADDED_DIM = LATENT_DIM + -(-ROPE_DIM // LANES) * LANES
 NEVER = -1e4  # a score that weighs nothing: what masks may set
 
 
+@own_promotions
 def append_and_attend(
     ql_nope: jax.Array,
     q_pe: jax.Array,

@@ -10,7 +10,6 @@ import jax
 
 from jax_flashmla import arguments
 from jax_flashmla.compat import ragged_paged
-from jax_flashmla.promotion import own_promotions
 from jax_flashmla.ragged import block_table_from_csr
 
 
@@ -23,7 +22,6 @@ from jax_flashmla.ragged import block_table_from_csr
     ),
     donate_argnames=("cache_kv",),
 )
-@own_promotions
 def mla_ragged_paged_attention(
     ql_nope: jax.Array,
     q_pe: jax.Array,

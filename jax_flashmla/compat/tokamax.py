@@ -10,13 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from jax_flashmla.compat import ragged_paged
-from jax_flashmla.promotion import own_promotions
 
 
 class MultiHeadLatentAttention:
     """Appends new tokens to a paged cache and attends to it, when called; it has no state."""
 
-    @own_promotions
     def __call__(
         self,
         ql_nope: jax.Array,

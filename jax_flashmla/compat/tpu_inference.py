@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 
 from jax_flashmla.compat import ragged_paged
-from jax_flashmla.promotion import own_promotions
 
 
 @functools.partial(
@@ -24,7 +23,6 @@ from jax_flashmla.promotion import own_promotions
     ),
     donate_argnames=("cache_kv",),
 )
-@own_promotions
 def mla_ragged_paged_attention(
     ql_nope: jax.Array,
     q_pe: jax.Array,
