@@ -70,7 +70,7 @@ struct BlockPages {
     } else {
       // Of a page that does not exist no slice does.
       const int slices = p.page_tokens / kSliceTokens;
-      if (p.parts > 1) {
+      if (p.parts > 1) {  // one test for all, where pages are no smaller than blocks
 #pragma unroll
         for (int i = 1; i < kParts; ++i) {
           if (i < p.parts) of_part[i] = load_page<kParts>(p, work, seq, block, i);

@@ -56,8 +56,9 @@ __device__ __forceinline__ void prefetch_keys(const KernelParams& p, const Empty
   constexpr int kMany = 16;
   const int end =
       seq < range.z ? peek(p.cache_seqlens + place.work.first_seq + seq) / kBlock : range.w;
-  if (first + kMany <= static_cast<uint32_t>(end))
+  if (first + kMany <= static_cast<uint32_t>(end)) {
     prefetch_block(p, place.work, range, first + 1, waited);
+  }
 }
 
 }  // namespace jax_flashmla

@@ -103,8 +103,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (thread == kKeyThread) load_keys<kCtas>(p, maps, smem, work);
       if (thread == kLeftThread) load_queries(p, maps, smem, work, kLeft);
       if (thread == kRightThread) load_queries(p, maps, smem, work, kRight);
-      if (thread >= kEmptyThread)
+      if (thread >= kEmptyThread) {
         write_empty<32>(p, work, work.tile * kRowTile, kRowTile, thread % 32);
+      }
     }
   } else {
     clear_missing_rows(p, smem.q, threadIdx.x);
