@@ -23,7 +23,8 @@ __global__ void __launch_bounds__(S::kThreads)
   __shared__ ManyMemory<S> smem;
   int slice;
   const Tile tile = find_tile(p, by_slices, blockIdx.x, slice);
-  combine_many<Element, S>(p, tile, slice, smem, [&] { return leave_or_wait(tile.splits <= 1); });
+  combine_many<Element, S>(p, tile, slice, smem,
+                           [&] { return leave_or_wait(p, tile.splits <= 1); });
 }
 
 // Where most have few: a CTA for a tile, or for a slice of it, unless it has many.
@@ -37,7 +38,7 @@ __device__ __forceinline__ void combine_tile(const KernelParams& p,
   Target<Element> target[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) target[i] = find_target<Element>(p, tile, lane / 4 + 8 * i);
-  if (leave_or_wait(tile.splits <= 1 || tile.splits > S::kMost)) return;
+  if (leave_or_wait(p, tile.splits <= 1 || tile.splits > S::kMost)) return;
   for (int first = (slice * S::kWarps + threadIdx.x / 32) * S::kVectors; first < kPartialStrips;
        first += by_slices.divisor * S::kWarps * S::kVectors) {
     combine_few<Element>(tile, target, first, lane);
@@ -73,7 +74,7 @@ __device__ __forceinline__ void combine_share(const KernelParams& p, int unit) {
   const Tile tile = find_tile(p, group, int64_t{group} * p.batch + seq, kv_head, number);
   const int first_part = part - split;  // in which the sequence begins
   const bool goes_on = split > 0 && split < tile.splits && first_part >= 0;
-  if (leave_or_wait(!goes_on || tile.splits <= FewSplits::kMost)) return;
+  if (leave_or_wait(p, !goes_on || tile.splits <= FewSplits::kMost)) return;
   const int first = first_part / kShareParts + 1;
   const int last = min(first_part + tile.splits - 1, p.num_parts - 1) / kShareParts;
 #pragma unroll 1

@@ -52,13 +52,23 @@ __device__ __forceinline__ Tile find_tile(const KernelParams& p, int group, int6
   return tile;
 }
 
+// Whether the first partition has few blocks: as many as its sequences had if all were as long as
+// the first.
+__device__ __forceinline__ bool first_partition_is_short(const KernelParams& p) {
+  constexpr int kFewBlocks = 64;
+  const int4 range = *reinterpret_cast<const int4*>(p.tile_scheduler_metadata);
+  const int sequences = min(max(range.z - max(range.x, 0), 0), p.batch);
+  return int64_t{sequences} * (p.cache_seqlens[0] / kBlockTokens) + range.w <= kFewBlocks;
+}
+
 // Returns whether there is nothing to combine, once the partial results are there. One CTA waits in
 // any case, so that this kernel does not end before the split kernel: the next one waits for this.
-// Where no CTA has anything to combine, the next kernel gets ready while the split kernel ends.
-__device__ __forceinline__ bool leave_or_wait(bool nothing) {
+// Where no CTA has anything to combine, the next kernel gets ready while the split kernel ends, if
+// partitions are short: behind long ones it would be slower (benchmarks/NOTES.md, attempt 72).
+__device__ __forceinline__ bool leave_or_wait(const KernelParams& p, bool nothing) {
   if (nothing) {
     if (blockIdx.x != 0) return true;
-    cudaTriggerProgrammaticLaunchCompletion();
+    if (first_partition_is_short(p)) cudaTriggerProgrammaticLaunchCompletion();
   }
   wait_for_kernel_before();
   return nothing;

@@ -55,55 +55,27 @@ __device__ __forceinline__ int block_in_page(const KernelParams& p, int block) {
   return block & ((1 << p.page_shift) - 1);
 }
 
-// Where a block's keys are: in the narrow kernel (`kParts` is 1) in a page; in the wide one in one
-// page or in up to `kParts` small ones, of which this is the first slice each
-// (kSliceTokens).
-template <int kParts>
-struct BlockPages {
-  int of_part[kParts];
+// How many quarters of a block have keys: all, but for a sequence's last block.
+__device__ __forceinline__ int count_quarters(const Item& item, int block) {
+  constexpr int kKeys = kBlock / kKeyQuarters;
+  return (min(item.length - block * kBlock, kBlock) + kKeys - 1) / kKeys;
+}
+inline constexpr int kQuarterBytes = kTileBytes / kKeyQuarters;  // of a tile
 
-  // `first`: what the table has for the first page. The others are by then in the SM's cache, and
-  // all on their way before one of them is looked at.
-  __device__ BlockPages(const KernelParams& p, const Work& work, int seq, int block, int first) {
-    if constexpr (kParts == 1) {
-      of_part[0] = check_page(p, work.group, first);
-    } else {
-      // Of a page that does not exist no slice does.
-      const int slices = p.page_tokens / kSliceTokens;
-      if (p.parts > 1) {  // one test for all, where pages are no smaller than blocks
-#pragma unroll
-        for (int i = 1; i < kParts; ++i) {
-          if (i < p.parts) of_part[i] = load_page<kParts>(p, work, seq, block, i);
-        }
-#pragma unroll
-        for (int i = 1; i < kParts; ++i) {
-          if (i < p.parts) of_part[i] = check_page(p, work.group, of_part[i]) * slices;
-        }
-      }
-      of_part[0] = check_page(p, work.group, first) * slices +
-                   block_in_page(p, block) * (kBlock / kSliceTokens);
-    }
-  }
-};
-
-// Copies `kTiles` tiles of a block's keys, from `tile` on.
-template <int kCtas, int kTiles, int kParts, typename Element>
-__device__ __forceinline__ void load_key_tiles(const KernelParams& p, const TensorMaps& maps,
-                                               const Work& work, FullBarrier& barrier,
-                                               Element (*target)[kTileElements], int tile,
-                                               int block, const BlockPages<kParts>& pages) {
+// Copies the first `quarters` of `kTiles` tiles of a block in a page, from `tile` on; a block that
+// does not come whole, tile by tile.
+template <int kTiles, typename Element>
+__device__ __forceinline__ void load_quarters(const KernelParams& p, const TensorMaps& maps,
+                                              const Work& work, FullBarrier& barrier,
+                                              Element (*target)[kTileElements], int tile, int block,
+                                              int page, int quarters) {
   static_assert(kTiles == 1 || kTiles == kKeyBoxTiles);
-  const CUtensorMap* const map = kTiles == 1 ? &maps.key_tile : &maps.keys;
-  if constexpr (kParts == 1) {
-    load_box<kCtas>(map, barrier, target, tile, work.head, pages.of_part[0],
-                    block_in_page(p, block) * kBlock);
-  } else {
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      if (part >= p.parts) break;
-      load_box<kCtas>(map, barrier, *target + part * p.page_tokens * (kTiles * 64), tile, work.head,
-                      pages.of_part[part], 0);
-    }
+  const int row = block_in_page(p, block) * kBlock;
+  const CUtensorMap* const of_tile = &maps.key_tiles[quarters - 1];
+  const bool one_by_one = kTiles == 1 || quarters < kKeyQuarters;
+  load_box<1>(one_by_one ? of_tile : &maps.keys, barrier, target, tile, work.head, page, row);
+  if (kTiles > 1 && one_by_one) {
+    load_box<1>(of_tile, barrier, target + 1, tile + 1, work.head, page, row);
   }
 }
 
@@ -121,10 +93,16 @@ __device__ __forceinline__ void load_query_box(const TensorMaps& maps, FullBarri
   }
 }
 
+__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
+  cute::prefetch_tma_descriptor(reinterpret_cast<const TmaDescriptor*>(&map));
+}
+
+// Those that every sequence needs.
 __device__ __forceinline__ void prefetch_maps(const TensorMaps& maps) {
-  for (const CUtensorMap* map : {&maps.keys, &maps.key_tile, &maps.q_nope, &maps.q_rope}) {
-    cute::prefetch_tma_descriptor(reinterpret_cast<const TmaDescriptor*>(map));
-  }
+  prefetch_map(maps.keys);
+  prefetch_map(maps.key_tiles[kKeyQuarters - 1]);
+  prefetch_map(maps.q_nope);
+  prefetch_map(maps.q_rope);
 }
 
 }  // namespace jax_flashmla

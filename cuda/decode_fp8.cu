@@ -15,7 +15,8 @@
 namespace jax_flashmla {
 namespace {
 
-inline constexpr int kReady = 2;  // the named barrier for: memory is set up
+inline constexpr int kPrefetchThread = 96;  // of the loader: the first of a warp that has time
+inline constexpr int kReady = 2;            // the named barrier for: memory is set up
 
 template <Source kSource, int kRows, KeyFormat kFormat>
 __device__ __forceinline__ void init_barriers(Fp8Memory<kRows, kFormat>& smem) {
@@ -51,7 +52,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncwarp();
     sync_loader();
     cutlass::arch::NamedBarrier::arrive(kThreads, kReady);
-    if (kSource == Source::kPages && thread == 96) prefetch_keys(p, smem.waited);
+    if (kSource == Source::kPages && thread == kPrefetchThread) prefetch_keys(p, smem.waited);
     __syncwarp();
     wait_for_kernel_before();
     if (kSource == Source::kPages && thread == 0) smem.waited.arrive();

@@ -138,21 +138,24 @@ struct ScalePreparer {
   }
 };
 
-// Has the copy engine bring a block. Of a page that does not exist a tensor map gives zeros.
+// Has the copy engine bring a block; of `kWholeRows`, where they lie together, its first `keys`
+// rows. Of a page that does not exist a tensor map gives zeros.
 template <int kRows, KeyFormat kFormat>
 __device__ __forceinline__ void copy_block(const KernelParams& p, const Fp8TensorMaps& maps,
                                            Fp8Memory<kRows, kFormat>& smem, int slot, int page,
-                                           int row) {
+                                           int row, int keys) {
   auto& block = smem.blocks[slot];
   FullBarrier& full = smem.full[slot];
   const int head = smem.work.head;
   if constexpr (smem.kWholeRows) {
-    full.arrive_and_expect_tx(sizeof(block));
     if (p.row_bytes == kFp8BlockBytes && page >= 0) {
       const int64_t first = static_cast<int64_t>(page) * p.page_tokens + row;
+      const uint32_t bytes = keys * kFp8BlockBytes;
+      full.arrive_and_expect_tx(bytes);
       copy_bytes(static_cast<const char*>(p.k_cache) + first * kFp8BlockBytes, full, block.rows,
-                 sizeof(block));
+                 bytes);
     } else {
+      full.arrive_and_expect_tx(sizeof(block));
       load_box<1>(&maps.rows, full, block.rows, 0, head, page, row);
     }
   } else {
@@ -182,7 +185,8 @@ __device__ __forceinline__ void copy_blocks(const KernelParams& p, const Fp8Tens
       const int page = check_page(p, work.group, next);
       next = load_page<1>(p, work, seq, number + 1);
       smem.empty[slot.slot].wait(slot.parity ^ 1);
-      copy_block(p, maps, smem, slot.slot, page, block_in_page(p, number) * kBlock);
+      copy_block(p, maps, smem, slot.slot, page, block_in_page(p, number) * kBlock,
+                 min(item.length - number * kBlock, kBlock));
     }
   }
 }

@@ -56,6 +56,47 @@ __device__ __forceinline__ void load_queries(const KernelParams& p, const Tensor
   }
 }
 
+// Where a block's keys are: in one page, or in up to kMaxParts small ones. As the first slice of
+// each (kSliceTokens).
+struct BlockPages {
+  int of_part[kMaxParts];
+
+  // `first`: what the table has for the first page. The others are by then in the SM's cache, and
+  // all on their way before one of them is looked at.
+  __device__ BlockPages(const KernelParams& p, const Work& work, int seq, int block, int first) {
+    // Of a page that does not exist no slice does.
+    const int slices = p.page_tokens / kSliceTokens;
+    if (p.parts > 1) {  // one test for all, where pages are no smaller than blocks
+#pragma unroll
+      for (int i = 1; i < kMaxParts; ++i) {
+        if (i < p.parts) of_part[i] = load_page<kMaxParts>(p, work, seq, block, i);
+      }
+#pragma unroll
+      for (int i = 1; i < kMaxParts; ++i) {
+        if (i < p.parts) of_part[i] = check_page(p, work.group, of_part[i]) * slices;
+      }
+    }
+    of_part[0] = check_page(p, work.group, first) * slices +
+                 block_in_page(p, block) * (kBlock / kSliceTokens);
+  }
+};
+
+// Copies `kTiles` tiles of a block's keys, from `tile` on.
+template <int kCtas, int kTiles, typename Element>
+__device__ __forceinline__ void load_key_tiles(const KernelParams& p, const TensorMaps& maps,
+                                               const Work& work, FullBarrier& barrier,
+                                               Element (*target)[kTileElements], int tile,
+                                               const BlockPages& pages) {
+  static_assert(kTiles == 1 || kTiles == kKeyBoxTiles);
+  const CUtensorMap* const map = kTiles == 1 ? &maps.key_tiles[kKeyQuarters - 1] : &maps.keys;
+#pragma unroll
+  for (int part = 0; part < kMaxParts; ++part) {
+    if (part >= p.parts) break;
+    load_box<kCtas>(map, barrier, *target + part * p.page_tokens * (kTiles * 64), tile, work.head,
+                    pages.of_part[part], 0);
+  }
+}
+
 // A third thread copies the keys of every item, in the order of their use. Each CTA of a cluster
 // copies its share.
 template <int kCtas, typename Element>
@@ -64,7 +105,7 @@ __device__ __forceinline__ void load_keys(const KernelParams& p, const TensorMap
   const auto is_mine = [&](int number) { return kCtas == 1 || (number + work.tile) % kCtas == 0; };
   Ring<kHalfSlots> half;
   Ring<kRopeSlots> rope;
-  const auto load_half = [&](int first_tile, int block, const BlockPages<kMaxParts>& pages) {
+  const auto load_half = [&](int first_tile, const BlockPages& pages) {
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       FullBarrier& barrier = smem.half_full[half.slot][part];
@@ -76,7 +117,7 @@ __device__ __forceinline__ void load_keys(const KernelParams& p, const TensorMap
       if (!is_mine(part)) continue;
       load_key_tiles<kCtas, kPartTiles>(p, maps, work, barrier,
                                         &smem.halves[half.slot][part * kPartTiles],
-                                        first_tile + part * kPartTiles, block, pages);
+                                        first_tile + part * kPartTiles, pages);
     }
     half.advance();
   };
@@ -91,20 +132,19 @@ __device__ __forceinline__ void load_keys(const KernelParams& p, const TensorMap
 #pragma unroll 1
     for (int block = item.first; block < item.last; ++block) {
       const bool last = block + 1 == item.last;
-      const BlockPages<kMaxParts> pages(p, work, seq, block, next);
+      const BlockPages pages(p, work, seq, block, next);
       // The first queries go before the second block: the copy engine takes its time for each.
       if (seq == work.begin_seq && block == item.first + 1) smem.q_full.wait(0);
-      load_half(0, block, pages);
+      load_half(0, pages);
       next = load_page<kMaxParts>(p, work, last ? seq + 1 : seq, last ? 0 : block + 1);
       smem.rope_empty[rope.slot].wait(rope.parity ^ 1);
       FullBarrier& barrier = smem.rope_full[rope.slot];
       barrier.arrive_and_expect_tx(kTileBytes);
       if (is_mine(block)) {
-        load_key_tiles<kCtas, 1>(p, maps, work, barrier, &smem.rope[rope.slot], kRopeTile, block,
-                                 pages);
+        load_key_tiles<kCtas, 1>(p, maps, work, barrier, &smem.rope[rope.slot], kRopeTile, pages);
       }
       rope.advance();
-      load_half(kHalfTiles, block, pages);
+      load_half(kHalfTiles, pages);
     }
     if (item.blocks() == 0) next = load_page<kMaxParts>(p, work, seq + 1, 0);
   }

@@ -80,19 +80,21 @@ __device__ __forceinline__ void load_keys(const KernelParams& p, const TensorMap
 #pragma unroll 1
     for (int block = item.first; block < item.last; ++block) {
       const bool last = block + 1 == item.last;
-      const BlockPages<1> pages(p, work, seq, block, next);
+      const int page = check_page(p, work.group, next);
       next = load_page<1>(p, work, last ? seq + 1 : seq, last ? 0 : block + 1);
+      const int quarters = count_quarters(item, block);
       smem.rope_empty[rope.slot].wait(rope.parity ^ 1);
-      smem.rope_full[rope.slot].arrive_and_expect_tx(kTileBytes);
-      load_key_tiles<1, 1>(p, maps, work, smem.rope_full[rope.slot], &smem.rope[rope.slot],
-                           kRopeTile, block, pages);
+      smem.rope_full[rope.slot].arrive_and_expect_tx(quarters * kQuarterBytes);
+      load_quarters<1>(p, maps, work, smem.rope_full[rope.slot], &smem.rope[rope.slot], kRopeTile,
+                       block, page, quarters);
       rope.advance();
 #pragma unroll 1
       for (int i = 0; i < kChunks; ++i, chunk.advance()) {
         smem.chunk_empty[chunk.slot].wait(chunk.parity ^ 1);
-        smem.chunk_full[chunk.slot].arrive_and_expect_tx(kKeyBoxTiles * kTileBytes);
-        load_key_tiles<1, kKeyBoxTiles>(p, maps, work, smem.chunk_full[chunk.slot],
-                                        smem.chunks[chunk.slot], i * kKeyBoxTiles, block, pages);
+        smem.chunk_full[chunk.slot].arrive_and_expect_tx(kKeyBoxTiles * quarters * kQuarterBytes);
+        load_quarters<kKeyBoxTiles>(p, maps, work, smem.chunk_full[chunk.slot],
+                                    smem.chunks[chunk.slot], i * kKeyBoxTiles, block, page,
+                                    quarters);
       }
     }
     if (item.blocks() == 0) next = load_page<1>(p, work, seq + 1, 0);
@@ -178,6 +180,8 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
       cutlass::arch::fence_barrier_init();
     } else if (threadIdx.x == kPrefetchThread) {
       prefetch_maps(maps);
+      // Those of sequences' last blocks.
+      for (int i = 0; i < kKeyQuarters - 1; ++i) prefetch_map(maps.key_tiles[i]);
     }
     __syncwarp();
     if constexpr (kSource == Source::kPages) {

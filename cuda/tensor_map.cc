@@ -43,10 +43,12 @@ cudaError_t make_map(CUtensorMapDataType type, const void* data, const cuuint64_
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-cudaError_t make_key_map(const DecodeParams& p, cuuint32_t tiles, CUtensorMap* map) {
+// For boxes of so many tiles, and of so many of a block's tokens.
+cudaError_t make_key_map(const DecodeParams& p, cuuint32_t tiles, cuuint32_t block_tokens,
+                         CUtensorMap* map) {
   const cuuint64_t row_bytes = static_cast<cuuint64_t>(p.key_stride) * 2;
   const cuuint32_t page_tokens = p.page_tokens;
-  const cuuint32_t tokens = std::min<cuuint32_t>(page_tokens, kBlockTokens);  // of a box
+  const cuuint32_t tokens = std::min(page_tokens, block_tokens);  // of a box
   // Of what the map takes for a page, and of as much of that as a box has.
   const cuuint32_t page =
       is_narrow(p) ? page_tokens : std::min<cuuint32_t>(page_tokens, kSliceTokens);
@@ -83,8 +85,10 @@ cudaError_t make_tensor_maps(const DecodeParams& p, TensorMaps* maps) {
   constexpr int kNopeTiles = kLatentDim / 64;
   maps->q_box_rows = query_box_rows(p);
   maps->q_box_tiles = is_narrow(p) && maps->q_box_rows == kNarrowRows ? kNopeTiles : 1;
-  cudaError_t error = make_key_map(p, kKeyBoxTiles, &maps->keys);
-  if (error == cudaSuccess) error = make_key_map(p, 1, &maps->key_tile);
+  cudaError_t error = make_key_map(p, kKeyBoxTiles, kBlockTokens, &maps->keys);
+  for (int i = is_narrow(p) ? 1 : kKeyQuarters; i <= kKeyQuarters && error == cudaSuccess; ++i) {
+    error = make_key_map(p, 1, kBlockTokens / kKeyQuarters * i, &maps->key_tiles[i - 1]);
+  }
   if (error == cudaSuccess) {
     error =
         make_query_map(p, p.q_nope, p.q_nope_stride, kNopeTiles, maps->q_box_tiles, &maps->q_nope);

@@ -9,6 +9,7 @@
 namespace jax_flashmla {
 
 inline constexpr int kKeyBoxTiles = 2;  // of the larger box of keys
+inline constexpr int kKeyQuarters = 4;  // of a block
 inline constexpr int kSliceTokens = 8;  // of a slice: after so many rows the swizzle begins anew
 
 // All boxes are of tiles 64 columns wide, swizzled by 128 bytes.
@@ -19,7 +20,9 @@ struct TensorMaps {
   // which take the place of pages: a box has as many as make up its tokens, and brings of each
   // slice the rows of the first tile, then those of the second.
   CUtensorMap keys;
-  CUtensorMap key_tile;
+  // The last has boxes of a block's tokens, too; those before, for the narrow kernel, of one to
+  // three quarters of them.
+  CUtensorMap key_tiles[kKeyQuarters];
   // All query rows, coordinates (column of a tile, row, tile), boxes of q_box_rows rows: as many of
   // a row tile as are always neighbours in memory; in the narrow kernel all 16 where they are, with
   // rows of others behind them. q_box_tiles: how many tiles a box of q_nope has.

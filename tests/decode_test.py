@@ -13,6 +13,7 @@ import jax_flashmla
 from tests import oracle, problems, support
 
 VARIED = "varied"
+SHORT_ENDS = (1, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 97, 130)
 COVER = problems.pairwise_cover(
     {
         "batch": (1, 2, 6, 64),
@@ -249,6 +250,21 @@ class DecodeTest(parameterized.TestCase):
         self.assertTrue(np.isnan(np.asarray(out[0], np.float32)).all())
         self.assertTrue(np.isnan(lse[0]).all())
         self.assertTrue(np.isfinite(np.asarray(out[1], np.float32)).all())
+
+    @parameterized.product(h_q=(1, 16, 17, 128), page=(64, 128))
+    def test_sequences_behind_those_of_nan(self, h_q, page):
+        # In one partition of the plan. A last block does not come whole: what lies behind its keys
+        # in shared memory is what the sequences before have left there.
+        lengths = problems.with_neighbours(self.rng, SHORT_ENDS, 4 * page)
+        problem = problems.make_problem(self.rng, lengths, h_q=h_q, page=page)
+        problem.k_cache[problem.block_table[::2, :4]] = np.nan
+        plan = jax_flashmla.get_mla_metadata(lengths, h_q, 1, num_sms=1)
+        self.assertEqual(plan.tile_scheduler_metadata.shape[0], 1)
+        got = [x[1::2] for x in decode(*problem.arrays, plan)]
+        q, k_cache, table, lengths = problem.arrays
+        arrays = q[1::2], k_cache, table[1::2], lengths[1::2]
+        want, plain = (oracle.decode(*arrays, rounded_to=x) for x in (None, q.dtype))
+        support.assert_decodes_well(self, got, want, plain, q.dtype)
 
     def test_a_pool_of_more_than_2_to_the_31_elements(self):
         num_blocks = 2**31 // (64 * 576) + 100

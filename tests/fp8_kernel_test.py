@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from jax_flashmla import cache_layout, flash_mla_with_kvcache, native
+from jax_flashmla import cache_layout, flash_mla_with_kvcache, get_mla_metadata, native
 from tests import fp8, problems, support
 
 NAMES = tuple(fp8.FORMATS)
@@ -115,6 +115,23 @@ class OnGpuTest(parameterized.TestCase):
         lengths = self.rng.integers(0, max_len + 1, 20)
         problem = fp8.make_problem(self.rng, lengths, name, max_len=max_len, s_q=2, h_q=h_q)
         self.check_on_gpu(problem, unpaged=True)
+
+    @parameterized.product(name=NAMES, h_q=(16, 32, 128), padding=(0, 48))
+    def test_sequences_behind_those_of_nan(self, name, h_q, padding):
+        # In one partition of the plan, so that a sequence's last block lies where those of NaN did.
+        lengths = problems.with_neighbours(self.rng, (1, 15, 16, 17, 33, 48, 63, 64, 65, 100), 300)
+        problem = fp8.make_problem(self.rng, lengths, name, h_q=h_q, padding=padding)
+        plan = get_mla_metadata(lengths, h_q, 1, num_sms=1)
+        options = {"k_scale": problem.k_scale, **plan._asdict()}
+        run = jax.jit(functools.partial(flash_mla_with_kvcache, implementation="cuda"))
+        want = jax.block_until_ready(run(*problem.arrays, **options))
+        pages = problem.block_table[::2, :5]
+        problem.k_cache.view(np.uint8)[pages] = fp8.POISON[name]
+        got = run(*problem.arrays, **options)
+        for a, b in zip(got, want, strict=True):
+            self.assertTrue(np.isnan(np.asarray(a[::2], np.float32)).all())
+            self.assertTrue(np.isfinite(np.asarray(b, np.float32)).all())
+            np.testing.assert_array_equal(a[1::2], b[1::2])
 
     @parameterized.parameters(
         *cover_on_gpu(batch=(1, 64), keys=(20, 140, 4096), h_q=(1, 9, 63, 128))

@@ -33,6 +33,11 @@ class Problem:
         self.k_cache[:] = self.k_cache.astype(np.float32) * by
 
 
+def with_neighbours(rng, lengths, before):
+    """The lengths in random order, and one of `before` in front of each."""
+    return np.stack([np.full(len(lengths), before), rng.permutation(lengths)], 1).ravel()
+
+
 def make_problem(
     rng,
     lengths,

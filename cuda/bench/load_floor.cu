@@ -1,7 +1,7 @@
 #include <cutlass/numeric_types.h>
 
 #include "cuda/bench/load_floor.h"
-#include "cuda/decode_copies.cuh"
+#include "cuda/decode_load.cuh"
 
 namespace jax_flashmla {
 namespace {
@@ -13,8 +13,8 @@ struct FloorMemory {
   FullBarrier full[kSlots];
 };
 
-// `kParts`: as in the kernel whose tensor maps these are.
-template <int kParts>
+// `kNarrow`: with the tensor maps of the narrow kernel.
+template <bool kNarrow>
 __global__ void __launch_bounds__(32) load_floor_kernel(const __grid_constant__ KernelParams p,
                                                         const __grid_constant__ TensorMaps maps) {
   extern __shared__ __align__(1024) char raw[];
@@ -33,17 +33,24 @@ __global__ void __launch_bounds__(32) load_floor_kernel(const __grid_constant__ 
     const Item item = find_item<true>(p, work, seq);
     for (int block = item.first; block < item.last; ++block) {
       if (loaded >= kSlots) smem.full[slot.slot].wait(slot.parity ^ 1);
-      if (lane == 0) smem.full[slot.slot].arrive_and_expect_tx(kTiles * kTileBytes);
+      const int quarters = kNarrow ? count_quarters(item, block) : kKeyQuarters;
+      FullBarrier& full = smem.full[slot.slot];
+      if (lane == 0) full.arrive_and_expect_tx(kTiles * quarters * kQuarterBytes);
       __syncwarp();
       const int tile = lane * kKeyBoxTiles;
-      const BlockPages<kParts> pages(p, work, seq, block, load_page<kParts>(p, work, seq, block));
       auto* const target = &smem.k[slot.slot][tile];
-      FullBarrier& full = smem.full[slot.slot];
-      if (tile < kRopeTile) {
-        load_key_tiles<1, kKeyBoxTiles>(p, maps, work, full, target, tile, block, pages);
-      } else if (tile == kRopeTile) {
-        load_key_tiles<1, 1>(p, maps, work, full, target, tile, block, pages);
-      }
+      const auto load = [&](auto tiles) {
+        if constexpr (kNarrow) {
+          const int page = check_page(p, work.group, load_page<1>(p, work, seq, block));
+          load_quarters<tiles>(p, maps, work, full, target, tile, block, page, quarters);
+        } else {
+          const int first = load_page<kMaxParts>(p, work, seq, block);
+          const BlockPages pages(p, work, seq, block, first);
+          load_key_tiles<1, tiles>(p, maps, work, full, target, tile, pages);
+        }
+      };
+      if (tile < kRopeTile) load(Int<kKeyBoxTiles>{});
+      if (tile == kRopeTile) load(Int<1>{});
       slot.advance();
       ++loaded;
     }
@@ -64,7 +71,7 @@ cudaError_t launch_load_floor(const DecodeParams& p, cudaStream_t stream) {
   cudaError_t error = make_tensor_maps(p, &maps);
   if (error != cudaSuccess) return error;
   constexpr int kBytes = sizeof(FloorMemory);
-  const auto kernel = is_narrow(p) ? load_floor_kernel<1> : load_floor_kernel<kMaxParts>;
+  const auto kernel = is_narrow(p) ? load_floor_kernel<true> : load_floor_kernel<false>;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
   const unsigned ctas = static_cast<unsigned>(p.groups * p.num_parts * p.h_kv);
