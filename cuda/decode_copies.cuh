@@ -62,8 +62,8 @@ __device__ __forceinline__ int count_quarters(const Item& item, int block) {
 }
 inline constexpr int kQuarterBytes = kTileBytes / kKeyQuarters;  // of a tile
 
-// Copies the first `quarters` of `kTiles` tiles of a block in a page, from `tile` on; a block that
-// does not come whole, tile by tile.
+// Copies the first `quarters` of `kTiles` tiles of a block in a page, from `tile` on. Tile by tile
+// if these are not all: in a box of fewer rows, its tiles would lie closer together.
 template <int kTiles, typename Element>
 __device__ __forceinline__ void load_quarters(const KernelParams& p, const TensorMaps& maps,
                                               const Work& work, FullBarrier& barrier,

@@ -24,6 +24,7 @@ from benchmarks.timing import time_wall
 from examples.deepseek import steps
 from examples.deepseek.attention import PAGE, Step, append, attend_with_flash_mla
 from examples.deepseek.config import parse_config
+from examples.deepseek.errors import is_out_of_memory
 from examples.deepseek.layout import check_divides, sources
 from examples.deepseek.model import abstract_model
 from examples.deepseek.presets import TINY, V2_LITE
@@ -184,7 +185,7 @@ def measure_what_fits(config, params, mesh, batch, contexts, implementation, rou
         try:
             return measure(config, params, mesh, *case) + too_long
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+            if not is_out_of_memory(error):
                 raise
             message = str(error).splitlines()[0]
         # Outside the handler, and with all cycles gone: the error held on to the pools.

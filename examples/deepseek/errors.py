@@ -1,4 +1,6 @@
-"""Errors that callers of the engine tell apart."""
+"""Errors that callers tell apart."""
+
+import jax
 
 
 class InvalidRequestError(ValueError):
@@ -16,3 +18,8 @@ class InvalidRequestError(ValueError):
 
 class EngineClosedError(RuntimeError):
     """The engine no longer runs, or stopped before the request was done."""
+
+
+def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
+    """Whether a device had no room for what JAX asked of it: the class says nothing of it."""
+    return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()

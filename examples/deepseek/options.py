@@ -1,13 +1,16 @@
 """Command-line options that chat, batch and server share."""
 
 import argparse
+import contextlib
 import os
 import pathlib
+
+import jax
 
 from examples.deepseek import load
 from examples.deepseek.attention import PAGE
 from examples.deepseek.engine import Engine
-from examples.deepseek.errors import InvalidRequestError
+from examples.deepseek.errors import InvalidRequestError, is_out_of_memory
 from examples.deepseek.request import Options
 from examples.deepseek.runner import Runner
 from examples.deepseek.sampling import Sampling
@@ -50,36 +53,53 @@ def load_engine(
 ) -> tuple[Runner, Text, str]:
     """Loads what the options name: the running engine, the tokenizer, the model's name.
 
-    A checkpoint that cannot be loaded, or a decode that cannot run here, ends the program with what
-    is wrong.
+    A checkpoint that cannot be loaded, devices without the memory for it, or a decode that cannot
+    run here end the program with what is wrong.
     """
     reason = native.why_no_kernel("decode")
     if reason and args.implementation == "cuda":
         parser.error(f"--implementation: cuda cannot run: {reason}")
     num_pages = args.num_pages or -(-args.max_batch // args.data) * -(-args.max_tokens // PAGE)
-    try:
-        eos = load.end_tokens(args.model)  # before the weights
-        stepper, tokenizer, config = load.load(
-            args.model,
-            max_batch=args.max_batch,
-            num_pages=num_pages,
-            max_tokens=args.max_tokens,
-            data=args.data,
-            model_axis=args.model_axis,
-            implementation=args.implementation,
-            dtype=args.dtype,
-        )
-        text = Text(tokenizer, eos)
-    except (OSError, ValueError) as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
-    if warm_up:
-        load.warm_up(stepper)
+    with _memory_ends(parser, num_pages):
+        try:
+            eos = load.end_tokens(args.model)  # before the weights
+            stepper, tokenizer, config = load.load(
+                args.model,
+                max_batch=args.max_batch,
+                num_pages=num_pages,
+                max_tokens=args.max_tokens,
+                data=args.data,
+                model_axis=args.model_axis,
+                implementation=args.implementation,
+                dtype=args.dtype,
+            )
+            text = Text(tokenizer, eos)
+        except (OSError, ValueError) as error:
+            parser.exit(1, f"{parser.prog}: {error}\n")
+        if warm_up:
+            load.warm_up(stepper)
     limit = min(args.max_tokens, config.max_position_embeddings)
     return (
         Runner(Engine(stepper, text.decode, eos=text.eos, max_tokens=limit)),
         text,
         os.path.basename(os.path.abspath(args.model)),  # of "." and "..", too
     )
+
+
+@contextlib.contextmanager
+def _memory_ends(parser, num_pages):
+    """Where the devices' memory ends, so does the program, and says what takes less of it."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        message = str(error).splitlines()[0]
+        parser.exit(
+            1,
+            f"{parser.prog}: no memory for the model and {num_pages:,} pages a pool: {message}\n"
+            "fewer pages: --max-batch, --max-tokens, --num-pages; more devices: --model-axis\n",
+        )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, temperature: float) -> None:

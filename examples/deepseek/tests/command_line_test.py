@@ -13,6 +13,7 @@ import threading
 import time
 from unittest import mock
 
+import jax
 from absl.testing import absltest, parameterized
 
 from examples.deepseek import batch, chat, load, options, server
@@ -195,6 +196,29 @@ class BatchTest(CommandLineCase):
             chat.main(["--model", "nowhere"])
         self.assertEqual(ended.exception.code, 1)
         self.assertRegex(self.stderr.getvalue(), "config.json: there is no such file\n$")
+
+    @parameterized.parameters(
+        ("RESOURCE_EXHAUSTED: 9 B\nmore", "130 pages a pool: RESOURCE_EXHAUSTED: 9 B\nfewer"),
+        ("CUDA_ERROR_OUT_OF_MEMORY: Out of memory", "Out of memory\nfewer pages: --max-batch"),
+    )
+    def test_a_model_for_which_there_is_no_memory(self, message, said):
+        self.loaded.side_effect = jax.errors.JaxRuntimeError(message)
+        with self.assertRaises(SystemExit) as ended:
+            chat.main(["--model", "large", "--num-pages", "130"])
+        self.assertEqual(ended.exception.code, 1)
+        self.assertIn(said, self.stderr.getvalue())
+
+    def test_other_errors_of_the_devices_are_not_hidden(self):
+        self.loaded.side_effect = jax.errors.JaxRuntimeError("INTERNAL: broken")
+        with self.assertRaisesRegex(jax.errors.JaxRuntimeError, "INTERNAL: broken"):
+            chat.main(["--model", "large"])
+
+    def test_no_memory_for_the_first_steps(self):
+        # The server compiles its programs before it says that it is ready.
+        failing = mock.Mock(side_effect=jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 1 B"))
+        with mock.patch.object(load, "warm_up", failing), self.assertRaises(SystemExit):
+            server.main(["--model", "large"])
+        self.assertIn("RESOURCE_EXHAUSTED: 1 B\nfewer pages", self.stderr.getvalue())
 
 
 class OptionsTest(CommandLineCase):
