@@ -55,10 +55,13 @@ __device__ __forceinline__ int block_in_page(const KernelParams& p, int block) {
   return block & ((1 << p.page_shift) - 1);
 }
 
-// How many quarters of a block have keys: all, but for a sequence's last block.
+// How many keys a block has, and in how many quarters: all, but for a sequence's last block.
+__device__ __forceinline__ int count_keys(const Item& item, int block) {
+  return min(item.length - block * kBlock, kBlock);
+}
 __device__ __forceinline__ int count_quarters(const Item& item, int block) {
   constexpr int kKeys = kBlock / kKeyQuarters;
-  return (min(item.length - block * kBlock, kBlock) + kKeys - 1) / kKeys;
+  return (count_keys(item, block) + kKeys - 1) / kKeys;
 }
 inline constexpr int kQuarterBytes = kTileBytes / kKeyQuarters;  // of a tile
 

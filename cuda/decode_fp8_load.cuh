@@ -186,7 +186,7 @@ __device__ __forceinline__ void copy_blocks(const KernelParams& p, const Fp8Tens
       next = load_page<1>(p, work, seq, number + 1);
       smem.empty[slot.slot].wait(slot.parity ^ 1);
       copy_block(p, maps, smem, slot.slot, page, block_in_page(p, number) * kBlock,
-                 min(item.length - number * kBlock, kBlock));
+                 count_keys(item, number));
     }
   }
 }

@@ -13,7 +13,6 @@ import jax_flashmla
 from tests import oracle, problems, support
 
 VARIED = "varied"
-SHORT_ENDS = (1, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 97, 130)
 COVER = problems.pairwise_cover(
     {
         "batch": (1, 2, 6, 64),
@@ -255,7 +254,7 @@ class DecodeTest(parameterized.TestCase):
     def test_sequences_behind_those_of_nan(self, h_q, page):
         # In one partition of the plan. A last block does not come whole: what lies behind its keys
         # in shared memory is what the sequences before have left there.
-        lengths = problems.with_neighbours(self.rng, SHORT_ENDS, 4 * page)
+        lengths = problems.with_neighbours(self.rng, problems.SHORT_ENDS, 4 * page)
         problem = problems.make_problem(self.rng, lengths, h_q=h_q, page=page)
         problem.k_cache[problem.block_table[::2, :4]] = np.nan
         plan = jax_flashmla.get_mla_metadata(lengths, h_q, 1, num_sms=1)

@@ -119,7 +119,7 @@ class OnGpuTest(parameterized.TestCase):
     @parameterized.product(name=NAMES, h_q=(16, 32, 128), padding=(0, 48))
     def test_sequences_behind_those_of_nan(self, name, h_q, padding):
         # In one partition of the plan, so that a sequence's last block lies where those of NaN did.
-        lengths = problems.with_neighbours(self.rng, (1, 15, 16, 17, 33, 48, 63, 64, 65, 100), 300)
+        lengths = problems.with_neighbours(self.rng, problems.SHORT_ENDS, 300)
         problem = fp8.make_problem(self.rng, lengths, name, h_q=h_q, padding=padding)
         plan = get_mla_metadata(lengths, h_q, 1, num_sms=1)
         options = {"k_scale": problem.k_scale, **plan._asdict()}

@@ -8,6 +8,8 @@ import numpy as np
 
 UNUSED_TABLE_ENTRY = 2147480000
 PAGE = 64
+# Around the parts of a block that a sequence's last one may have.
+SHORT_ENDS = (1, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 97, 130)
 
 
 @dataclasses.dataclass
