@@ -19,7 +19,9 @@ static_assert(2 * kMathRegisters + kLoaderRegisters <= 3 * kLaunchRegisters);
 inline constexpr int kWarpKeys = kBlock / kMathWarps;  // whose scores a warp computes
 static_assert(kWarpKeys == 8, "the columns of a product");
 inline constexpr int kChunks = kValueTiles / kKeyBoxTiles;  // copies of a block's latent columns
-inline constexpr int kChunkSlots = 11;                      // as many as fit
+// Two blocks. There is room for eleven chunks, which takes 1 to 4 % longer (benchmarks/NOTES.md,
+// attempt 78): memory delivers less where more is asked for at once.
+inline constexpr int kChunkSlots = 2 * kChunks;
 
 template <typename Element>
 struct NarrowMemory {

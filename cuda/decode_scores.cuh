@@ -216,6 +216,11 @@ __device__ __forceinline__ void run_scores(const KernelParams& p, SharedMemory<E
   for (int seq = work.begin_seq; has_item(work, seq); ++seq) {
     const Item item = find_item<true>(p, work, seq);
     Statistics stats;
+    // Rows that do not exist get no weights: products with zeros take less of the chip's power.
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (work.tile * kRowTile + rows.row(i) >= p.num_rows()) stats.max[i] = FLT_MAX / 2;
+    }
     float total[2] = {0, 0};
     if (item.blocks() > 0) {
 #pragma unroll

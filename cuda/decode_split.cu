@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (role == kLoader) {
     cutlass::arch::warpgroup_reg_dealloc<40>();
     if (thread == kKeyThread) init_barriers<kCtas, kSource>(smem);
-    if (thread == kEmptyThread) prefetch_maps(maps);
+    if (thread == kEmptyThread) prefetch_maps<kSource>(maps);
     __syncwarp();
     arrive_as_loader<kCtas>();
     const Place place = find_place(p, zero_of_lane());

@@ -60,6 +60,14 @@ cudaError_t make_key_map(const DecodeParams& p, cuuint32_t tiles, cuuint32_t blo
                      {64, rows, tiles, 1, tokens / rows}, map);
 }
 
+cudaError_t make_key_maps(const DecodeParams& p, TensorMaps* maps) {
+  cudaError_t error = make_key_map(p, kKeyBoxTiles, kBlockTokens, &maps->keys);
+  for (int i = is_narrow(p) ? 1 : kKeyQuarters; i <= kKeyQuarters && error == cudaSuccess; ++i) {
+    error = make_key_map(p, 1, kBlockTokens / kKeyQuarters * i, &maps->key_tiles[i - 1]);
+  }
+  return error;
+}
+
 int query_box_rows(const DecodeParams& p) {
   if (p.h_kv == 1 || p.s_q == 1) {
     return is_narrow(p) ? kNarrowRows : p.num_rows() < kRowTile ? p.num_rows() : kRowTile;
@@ -85,10 +93,8 @@ cudaError_t make_tensor_maps(const DecodeParams& p, TensorMaps* maps) {
   constexpr int kNopeTiles = kLatentDim / 64;
   maps->q_box_rows = query_box_rows(p);
   maps->q_box_tiles = is_narrow(p) && maps->q_box_rows == kNarrowRows ? kNopeTiles : 1;
-  cudaError_t error = make_key_map(p, kKeyBoxTiles, kBlockTokens, &maps->keys);
-  for (int i = is_narrow(p) ? 1 : kKeyQuarters; i <= kKeyQuarters && error == cudaSuccess; ++i) {
-    error = make_key_map(p, 1, kBlockTokens / kKeyQuarters * i, &maps->key_tiles[i - 1]);
-  }
+  cudaError_t error = cudaSuccess;
+  if (!comes_by_rows(p)) error = make_key_maps(p, maps);
   if (error == cudaSuccess) {
     error =
         make_query_map(p, p.q_nope, p.q_nope_stride, kNopeTiles, maps->q_box_tiles, &maps->q_nope);
