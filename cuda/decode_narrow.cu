@@ -27,10 +27,10 @@ inline constexpr int kReady = 2;
 inline constexpr int kLoaderReady = 3;
 inline constexpr int kKeysReady = 4;
 
-template <typename Element>
+template <Source kSource, typename Element>
 __device__ __forceinline__ void load_item_queries(const KernelParams& p, const TensorMaps& maps,
-                                                  NarrowMemory<Element>& smem, const Work& work,
-                                                  int seq) {
+                                                  NarrowMemory<kSource, Element>& smem,
+                                                  const Work& work, int seq) {
   if (maps.q_box_tiles == kValueTiles) {  // all at once, with rows of neighbours
     smem.q_full.arrive_and_expect_tx(sizeof(smem.q));
     const int64_t first = query_index(p, work, seq, 0);
@@ -52,7 +52,8 @@ __device__ __forceinline__ void load_item_queries(const KernelParams& p, const T
 // The first queries are loaded even if they will see no key: their sequence's length has not come.
 template <bool kWindowed, typename Element>
 __device__ __forceinline__ void load_queries(const KernelParams& p, const TensorMaps& maps,
-                                             NarrowMemory<Element>& smem, const Work& work) {
+                                             NarrowMemory<Source::kPages, Element>& smem,
+                                             const Work& work) {
   uint32_t parity = 0;
 #pragma unroll 1
   for (int seq = work.begin_seq; has_item(work, seq); ++seq) {
@@ -69,8 +70,9 @@ __device__ __forceinline__ void load_queries(const KernelParams& p, const Tensor
 // sequence's length has come, unless a window begins where only that tells.
 template <bool kWindowed, typename Element>
 __device__ __forceinline__ void load_keys(const KernelParams& p, const TensorMaps& maps,
-                                          NarrowMemory<Element>& smem, const Work& work) {
-  Ring<kChunkSlots> chunk;
+                                          NarrowMemory<Source::kPages, Element>& smem,
+                                          const Work& work) {
+  Ring<kChunkSlots<Source::kPages>> chunk;
   Ring<kRopeSlots> rope;
   int next = load_page<1>(p, work, work.begin_seq, work.begin_block);
 #pragma unroll 1
@@ -104,9 +106,9 @@ __device__ __forceinline__ void load_keys(const KernelParams& p, const TensorMap
 // The same row by row, by all four warps; one of their threads copies the queries, too.
 template <typename Element>
 __device__ __forceinline__ void gather(const KernelParams& p, const TensorMaps& maps,
-                                       NarrowMemory<Element>& smem) {
+                                       NarrowMemory<Source::kRows, Element>& smem) {
   const Work& work = smem.work;  // registers are scarce
-  Ring<kChunkSlots> chunk;
+  Ring<kChunkSlots<Source::kRows>> chunk;
   Ring<kRopeSlots> rope;
   uint32_t q_parity = 1;
 #pragma unroll 1
@@ -144,7 +146,7 @@ template <Source kSource, bool kWindowed, typename Element>
 __global__ void __launch_bounds__(kNarrowThreads, 1)
     narrow_kernel(const __grid_constant__ KernelParams p, const __grid_constant__ TensorMaps maps) {
   extern __shared__ __align__(1024) char raw[];
-  auto& smem = *reinterpret_cast<NarrowMemory<Element>*>(raw);
+  auto& smem = *reinterpret_cast<NarrowMemory<kSource, Element>*>(raw);
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   if (warp < kMathWarps) {
     cutlass::arch::warpgroup_reg_alloc<kMathRegisters>();
@@ -222,7 +224,7 @@ template <Source kSource, bool kWindowed, typename Element>
 cudaError_t launch(const DecodeParams& p, const TensorMaps& maps, cudaStream_t stream) {
   const LaunchShape shape = {.ctas = int64_t{p.groups} * p.num_parts * p.h_kv,
                              .threads = kNarrowThreads,
-                             .shared_bytes = sizeof(NarrowMemory<Element>)};
+                             .shared_bytes = sizeof(NarrowMemory<kSource, Element>)};
   return launch_dependent<narrow_kernel<kSource, kWindowed, Element>>(shape, stream, p, maps);
 }
 

@@ -10,9 +10,9 @@ namespace jax_flashmla {
 
 // The scores of all rows with the warp's eight keys, column after column as they land. An item's
 // first block, with `kRead`, also brings the queries, each tile when it is needed.
-template <bool kRead, typename Element>
-__device__ __forceinline__ float4 compute_scores(NarrowMemory<Element>& smem,
-                                                 Ring<kChunkSlots> chunk,
+template <bool kRead, Source kSource, typename Element>
+__device__ __forceinline__ float4 compute_scores(NarrowMemory<kSource, Element>& smem,
+                                                 Ring<kChunkSlots<kSource>> chunk,
                                                  const Ring<kRopeSlots>& rope, int warp, int lane,
                                                  Queries& q) {
   float4 sums[4] = {};  // products that do not wait for each other
@@ -83,15 +83,15 @@ __device__ __forceinline__ void multiply_values(Element (&values)[kTileElements]
 }
 
 template <Source kSource, bool kWindowed, typename Element>
-__device__ __forceinline__ void attend(const KernelParams& p, NarrowMemory<Element>& smem, int warp,
-                                       int lane) {
+__device__ __forceinline__ void attend(const KernelParams& p, NarrowMemory<kSource, Element>& smem,
+                                       int warp, int lane) {
   const auto larger = [](float x, float y) { return fmaxf(x, y); };
   const auto add = [](float x, float y) { return x + y; };
   const Work& work = smem.work;
   const Quad quad(lane);
   const auto find_hidden = [&](int row) { return hidden_keys(p, p.by_heads_per_kv.div(row)); };
   const int hidden[2] = {find_hidden(quad.row), find_hidden(quad.row + 8)};
-  Ring<kChunkSlots> chunk;
+  Ring<kChunkSlots<kSource>> chunk;
   Ring<kRopeSlots> rope;
   uint32_t q_parity = 0;
   // Of memory that the copy engine writes next. Without a fence, an arrival overtakes reads before

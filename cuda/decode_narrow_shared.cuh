@@ -19,29 +19,32 @@ static_assert(2 * kMathRegisters + kLoaderRegisters <= 3 * kLaunchRegisters);
 inline constexpr int kWarpKeys = kBlock / kMathWarps;  // whose scores a warp computes
 static_assert(kWarpKeys == 8, "the columns of a product");
 inline constexpr int kChunks = kValueTiles / kKeyBoxTiles;  // copies of a block's latent columns
-// Two blocks. There is room for eleven chunks, which takes 1 to 4 % longer (benchmarks/NOTES.md,
-// attempt 78): memory delivers less where more is asked for at once.
-inline constexpr int kChunkSlots = 2 * kChunks;
 
-template <typename Element>
+// Copies of the copy engine: two blocks. There is room for eleven chunks, with which decodes take 1
+// to 4 % longer (benchmarks/NOTES.md, attempt 78), but those whose keys come row by row.
+template <Source kSource>
+inline constexpr int kChunkSlots = kSource == Source::kPages ? 2 * kChunks : 11;
+
+template <Source kSource, typename Element>
 struct NarrowMemory {
   alignas(1024) Element q[kTiles][kNarrowRows * 64];
-  alignas(1024) Element chunks[kChunkSlots][kKeyBoxTiles][kTileElements];
+  alignas(1024) Element chunks[kChunkSlots<kSource>][kKeyBoxTiles][kTileElements];
   alignas(1024) Element rope[kRopeSlots][kTileElements];
   alignas(1024) Element weights[kNarrowRows * 64];  // [query row, key]
   float maxima[kNarrowRows][kMathWarps];            // over the keys of each warp
   float sums[kNarrowRows][kMathWarps * 4 + 4];      // of each quad's four threads; 4: for banks
   GatherRows rows;
   Work work;  // for the warps that multiply, whose registers are full
-  FullBarrier chunk_full[kChunkSlots];
-  EmptyBarrier chunk_empty[kChunkSlots];
+  FullBarrier chunk_full[kChunkSlots<kSource>];
+  EmptyBarrier chunk_empty[kChunkSlots<kSource>];
   FullBarrier rope_full[kRopeSlots];
   EmptyBarrier rope_empty[kRopeSlots];
   FullBarrier q_full;
   EmptyBarrier q_empty;
   EmptyBarrier waited;  // the key thread has, for the kernel before
 };
-static_assert(sizeof(NarrowMemory<cutlass::bfloat16_t>) <= 232448, "an SM has 227 KiB");
+static_assert(sizeof(NarrowMemory<Source::kRows, cutlass::bfloat16_t>) <= 232448,
+              "an SM has 227 KiB");
 
 // The operand A of a step of 16 columns: all rows of a tile of queries or of the weights.
 template <typename Element>
