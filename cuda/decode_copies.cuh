@@ -100,13 +100,12 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
   cute::prefetch_tma_descriptor(reinterpret_cast<const TmaDescriptor*>(&map));
 }
 
-// Those that every sequence needs. There are none of keys that come row by row.
-template <Source kSource>
-__device__ __forceinline__ void prefetch_maps(const TensorMaps& maps) {
-  if constexpr (kSource == Source::kPages) {
-    prefetch_map(maps.keys);
-    prefetch_map(maps.key_tiles[kKeyQuarters - 1]);
-  }
+// Those that every sequence needs.
+__device__ __forceinline__ void prefetch_key_maps(const TensorMaps& maps) {
+  prefetch_map(maps.keys);
+  prefetch_map(maps.key_tiles[kKeyQuarters - 1]);
+}
+__device__ __forceinline__ void prefetch_query_maps(const TensorMaps& maps) {
   prefetch_map(maps.q_nope);
   prefetch_map(maps.q_rope);
 }

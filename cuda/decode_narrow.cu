@@ -181,10 +181,10 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
       smem.q_empty.init(kMathWarps);
       cutlass::arch::fence_barrier_init();
     } else if (threadIdx.x == kPrefetchThread) {
-      prefetch_maps<kSource>(maps);
-      if constexpr (kSource == Source::kPages) {  // those of sequences' last blocks
-        for (int i = 0; i < kKeyQuarters - 1; ++i) prefetch_map(maps.key_tiles[i]);
-      }
+      prefetch_key_maps(maps);
+      prefetch_query_maps(maps);
+      // Those of sequences' last blocks.
+      for (int i = 0; i < kKeyQuarters - 1; ++i) prefetch_map(maps.key_tiles[i]);
     }
     __syncwarp();
     if constexpr (kSource == Source::kPages) {

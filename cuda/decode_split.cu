@@ -81,7 +81,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (role == kLoader) {
     cutlass::arch::warpgroup_reg_dealloc<40>();
     if (thread == kKeyThread) init_barriers<kCtas, kSource>(smem);
-    if (thread == kEmptyThread) prefetch_maps<kSource>(maps);
+    if (thread == kEmptyThread) {
+      if constexpr (kSource == Source::kPages) prefetch_key_maps(maps);
+      prefetch_query_maps(maps);
+    }
     __syncwarp();
     arrive_as_loader<kCtas>();
     const Place place = find_place(p, zero_of_lane());

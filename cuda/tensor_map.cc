@@ -94,7 +94,8 @@ cudaError_t make_tensor_maps(const DecodeParams& p, TensorMaps* maps) {
   maps->q_box_rows = query_box_rows(p);
   maps->q_box_tiles = is_narrow(p) && maps->q_box_rows == kNarrowRows ? kNopeTiles : 1;
   cudaError_t error = cudaSuccess;
-  if (!comes_by_rows(p)) error = make_key_maps(p, maps);
+  // The narrow kernel prefetches them wherever its keys come from.
+  if (is_narrow(p) || !comes_by_rows(p)) error = make_key_maps(p, maps);
   if (error == cudaSuccess) {
     error =
         make_query_map(p, p.q_nope, p.q_nope_stride, kNopeTiles, maps->q_box_tiles, &maps->q_nope);

@@ -14,7 +14,7 @@ inline constexpr int kSliceTokens = 8;  // of a slice: after so many rows the sw
 
 // All boxes are of tiles 64 columns wide, swizzled by 128 bytes.
 struct TensorMaps {
-  // Of keys only where these come by the copy engine (see `comes_by_rows`).
+  // In the wide kernel only where keys come by the copy engine (see `comes_by_rows`).
   // k_cache, coordinates (column of a tile, token of the page, tile, KV head, page of all groups'),
   // boxes of a block's tokens, or a page's if that is smaller, and kKeyBoxTiles tiles, or one.
   // Other pages read as zeros. For the wide kernel, pages are cut into slices of kSliceTokens,
