@@ -12,7 +12,7 @@ import json
 import math
 import sys
 
-from benchmarks import report, tables
+from benchmarks import ratios, report, tables
 from benchmarks.cases import FULL_BATCH, peers
 
 RUNS = "decode", "repeated_decode"
@@ -29,6 +29,11 @@ def geometric_mean(values):
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
+def beside_peers(rows, suite):
+    """Those of a suite that peers were measured with."""
+    return [row for row in rows if row["suite"] == suite and "over_best_peer_normalised" in row]
+
+
 def figures(rows):
     """Yields (set, what, bar, figure, whether it is reached) of one run."""
 
@@ -40,12 +45,12 @@ def figures(rows):
 
     sets = {"small": (1.5, 1.25), "memory": (1.03, 1.0), "compute": (1.03, 0.98)}
     for kind, (mean, least) in sets.items():
-        chosen = [r for r in rows if r["suite"] == kind and "over_best_peer_normalised" in r]
+        chosen = beside_peers(rows, kind)
         if not chosen:
             sys.exit("decode.json has no times of peers beside ours: it is of another kind of chip")
-        ratios = faster(chosen)
-        yield at_least(kind, "best peer / ours, mean", mean, geometric_mean(ratios))
-        yield at_least(kind, "best peer / ours, least", least, min(ratios))
+        times = faster(chosen)
+        yield at_least(kind, "best peer / ours, mean", mean, geometric_mean(times))
+        yield at_least(kind, "best peer / ours, least", least, min(times))
         if kind == "small":
             for row in chosen:
                 shape = row["batch"], row["heads"], row["tokens"]
@@ -64,19 +69,12 @@ def figures(rows):
 def plan_and_decode(rows, plans):
     """How many times faster than the better peer's sum, for each case of few sequences."""
     plan_us = {row["batch"]: row["kernel_us"]["median"] for row in plans}
-    theirs = {(row["b"], row["s_q"], row["h_q"], row["s_k"]): row for row in peers()["rows"]}
-    ratios = []
-    for row in rows:
-        case = row["batch"], row["s_q"], row["heads"], row["tokens"]
-        if row["suite"] != "small" or "over_best_peer_normalised" not in row:
-            continue
-        sums = [
-            theirs[case][f"{peer}decode_us"] + theirs[case][f"{peer}plan_us"]
-            for peer in ("", "fa3_")
-            if f"{peer}decode_us" in theirs[case]
-        ]
-        ratios.append(min(sums) / (row["decode_us"]["median"] + plan_us[row["batch"]]))
-    return ratios
+    faster_by = []
+    for row in beside_peers(rows, "small"):
+        theirs = ratios.recorded_row(row, peers())
+        sums = (theirs[f"{peer}decode_us"] + theirs[f"{peer}plan_us"] for peer in ("", "fa3_"))
+        faster_by.append(min(sums) / (row["decode_us"]["median"] + plan_us[row["batch"]]))
+    return faster_by
 
 
 def make_record():

@@ -52,6 +52,12 @@ def add_ratios(rows, ceilings, recorded):
             _add_recorded(row, ceilings, recorded)
 
 
+def recorded_row(row, recorded):
+    """The recorded times (`cases.peers()`) of a row's case; None if there are none."""
+    shape = {"b": row["batch"], "s_q": row["s_q"], "h_q": row["heads"], "s_k": row["tokens"]}
+    return next((peer for peer in recorded["rows"] if shape.items() <= peer.items()), None)
+
+
 def _mean(ceilings, key):
     return float(np.mean([ceiling[key] for ceiling in ceilings.values()]))
 
@@ -76,9 +82,8 @@ def _add_recorded(row, ceilings, recorded):
     """
     if "seqlens" in row or row["dtype"] != "bfloat16" or "decode_us" not in row:
         return
-    shape = {"b": row["batch"], "s_q": row["s_q"], "h_q": row["heads"], "s_k": row["tokens"]}
-    found = [peer for peer in recorded["rows"] if shape.items() <= peer.items()]
-    if not found:
+    found = recorded_row(row, recorded)
+    if found is None:
         return
     theirs = recorded["ceilings_same_run"]
     scale = 1.0
@@ -87,8 +92,8 @@ def _add_recorded(row, ceilings, recorded):
         scale = row["hot_matmul_tflops"]["median"] / matmul
     elif row["batch"] >= cases.FULL_BATCH:
         scale = _mean(ceilings, "read_gb_per_s") / np.mean(theirs["hbm_read_gb_per_s"])
-    row["flashmla_us"], row["fa3_us"] = found[0]["decode_us"], found[0]["fa3_decode_us"]
+    row["flashmla_us"], row["fa3_us"] = found["decode_us"], found["fa3_decode_us"]
     for peer, key in (("flashmla", "decode_us"), ("best_peer", "best_peer_decode_us")):
-        ratio = ours(row) / found[0][key]
+        ratio = ours(row) / found[key]
         row[f"over_{peer}"] = round(ratio, 3)
         row[f"over_{peer}_normalised"] = round(float(ratio * scale), 3)

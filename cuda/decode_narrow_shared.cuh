@@ -20,8 +20,8 @@ inline constexpr int kWarpKeys = kBlock / kMathWarps;  // whose scores a warp co
 static_assert(kWarpKeys == 8, "the columns of a product");
 inline constexpr int kChunks = kValueTiles / kKeyBoxTiles;  // copies of a block's latent columns
 
-// Copies of the copy engine: two blocks. There is room for eleven chunks, with which decodes take 1
-// to 4 % longer (benchmarks/NOTES.md, attempt 78), but those whose keys come row by row.
+// As many as fit where keys come row by row. By the copy engine, two blocks: with more in flight
+// decodes take 1 to 4 % longer (benchmarks/NOTES.md, attempt 78).
 template <Source kSource>
 inline constexpr int kChunkSlots = kSource == Source::kPages ? 2 * kChunks : 11;
 
