@@ -44,11 +44,12 @@ def quantized(operands, kind):
 
 def prepare(case, operands, k_scale=None):
     """Checks what the kernel gives; returns a sampler of its time."""
-    metadata = get_mla_metadata(operands[3], case.s_q * case.heads, 1)
+    q, cache, *rest = operands
+    is_fp8 = cache.dtype != q.dtype
+    metadata = get_mla_metadata(operands[3], case.s_q * case.heads, 1, is_fp8_kvcache=is_fp8)
     decode = functools.partial(flash_mla_with_kvcache, causal=True, implementation="cuda")
     outputs = decode(*operands, 512, *metadata, k_scale=k_scale)
-    q, cache, *rest = operands
-    if cache.dtype != q.dtype:
+    if is_fp8:
         cache = dequantize_kv_cache(cache, k_scale, dtype=q.dtype)
     check(case, (q, cache, *rest), *outputs)
     return functools.partial(time_kernels, operands, metadata, "decode", LAUNCHES, k_scale=k_scale)

@@ -6,6 +6,9 @@
 namespace jax_flashmla {
 namespace {
 
+// What a partition gains if equal sequences are split into equal pieces, in blocks.
+constexpr int kEvenGainBlocks = 1;
+
 // What the host can divide.
 struct Quotients {
   cutlass::FastDivmod by_num_parts;
@@ -116,7 +119,7 @@ struct EvenCuts {
   // Whether they are better than cuts that ignore where sequences end.
   __device__ bool worthwhile(const PlanParams& p, int part_length) const {
     const int cost = per_part * (size + (longer > 0) + p.overhead_blocks);
-    const int gain = pieces.divisor == 1 ? p.split_cost_blocks : 0;
+    const int gain = pieces.divisor == 1 ? p.split_cost_blocks : kEvenGainBlocks;
     return size > 0 && cost <= part_length + p.overhead_blocks + gain;
   }
 

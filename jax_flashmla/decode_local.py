@@ -117,8 +117,13 @@ def _decode_local_cuda(*operands, config):
     h_kv = k_cache.shape[3]
     rows = s_q * h_q // h_kv
     if not metadata:
-        window = config.sliding_window
-        metadata = get_mla_metadata(cache_seqlens, rows, h_kv, sliding_window=window)
+        metadata = get_mla_metadata(
+            cache_seqlens,
+            rows,
+            h_kv,
+            is_fp8_kvcache=k_cache.dtype != q[0].dtype,
+            sliding_window=config.sliding_window,
+        )
     slots = batch + metadata[0].shape[1]  # of partial results; one more than a plan can use
     call = jax.ffi.ffi_call(
         native.FFI_TARGETS["decode"],

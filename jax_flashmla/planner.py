@@ -35,7 +35,7 @@ prefix sum or a division, with no serial walk over the batch.
 Where all sequences have the same number of blocks, each is cut into the same number of equal
 pieces, one per partition, or whole sequences are dealt out, the same number to each partition;
 unless that leaves so many partitions without work that the cuts above are better by more than
-SPLIT_COST_BLOCKS.
+SPLIT_COST_BLOCKS where sequences stay whole, or EVEN_GAIN_BLOCKS where they do not.
 
 The cost of a partition, its blocks plus `overhead_blocks` per sequence that it touches (1 for an
 empty one), is at most W + `overhead_blocks` + max(2 * (M - 1), SPLIT_COST_BLOCKS).
@@ -50,6 +50,7 @@ from jax import lax
 BLOCK_TOKENS = 64
 # What a partition gains if no sequence is split: no partial results, and nothing to combine.
 SPLIT_COST_BLOCKS = 16
+EVEN_GAIN_BLOCKS = 1  # and if equal sequences are split into equal pieces
 METADATA_COLUMNS = 8
 # The line's length must fit int32; blocks beyond the limit belong to their sequence's last
 # partition, so that a plan stays valid, only unbalanced, for absurd lengths.
@@ -64,9 +65,11 @@ def num_sm_parts(num_q_tokens_per_head_k: int, num_heads_k: int, num_sms: int) -
     return max(1, num_sms // (num_heads_k * row_tiles))
 
 
-def overhead_blocks(num_q_tokens_per_head_k: int) -> int:
+def overhead_blocks(num_q_tokens_per_head_k: int, is_fp8_kvcache: bool = False) -> int:
     """Starting and ending a sequence, in units of one block's time: see benchmarks/NOTES.md."""
-    return 2 if num_q_tokens_per_head_k <= NARROW_ROWS else 3
+    if num_q_tokens_per_head_k > NARROW_ROWS:
+        return 3
+    return 2 if is_fp8_kvcache else 1
 
 
 def min_split_blocks(num_q_tokens_per_head_k: int) -> int:
@@ -145,7 +148,7 @@ def plan_reference(
     pieces, even_position, even_split, even_cost = _even_cuts(
         blocks[0], batch, parts, overhead, least
     )
-    limit = part_length + overhead + jnp.where(pieces == 1, SPLIT_COST_BLOCKS, 0)
+    limit = part_length + overhead + jnp.where(pieces == 1, SPLIT_COST_BLOCKS, EVEN_GAIN_BLOCKS)
     even = jnp.all(blocks == blocks[0]) & (blocks[0] > 0) & (even_cost <= limit)
     position = jnp.where(even, even_position, position)
     split = jnp.where(even, even_split, split)

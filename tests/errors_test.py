@@ -212,6 +212,12 @@ PLAN_ERRORS = [
     ((LENGTHS, 16, True), {}, TypeError, "num_heads_k: expected a static Python integer, got bool"),
     (
         (LENGTHS, 16, 1),
+        dict(is_fp8_kvcache=1),
+        TypeError,
+        "is_fp8_kvcache: expected a static Python bool, got int",
+    ),
+    (
+        (LENGTHS, 16, 1),
         dict(num_sms=-3),
         ValueError,
         "num_sms: expected a positive integer, got -3",

@@ -21,10 +21,15 @@ NUM_SMS = (1, 2, 13, 78, 132)
 SHAPES = random.sample(list(itertools.product(BATCHES, NUM_SMS)), 10)
 
 
-@functools.partial(jax.jit, static_argnames=("rows", "heads", "num_sms", "implementation"))
-def plan(cache_seqlens, rows=16, heads=1, num_sms=132, implementation="xla"):
+@functools.partial(jax.jit, static_argnames=("rows", "heads", "num_sms", "implementation", "fp8"))
+def plan(cache_seqlens, rows=16, heads=1, num_sms=132, implementation="xla", fp8=False):
     return get_mla_metadata(
-        cache_seqlens, rows, heads, num_sms=num_sms, implementation=implementation
+        cache_seqlens,
+        rows,
+        heads,
+        is_fp8_kvcache=fp8,
+        num_sms=num_sms,
+        implementation=implementation,
     )
 
 
@@ -53,9 +58,9 @@ def blocks_of(lengths):
     return [-(-max(int(length), 0) // planner.BLOCK_TOKENS) for length in lengths]
 
 
-def check_plan(test_case, lengths, metadata, num_splits, rows=16):
+def check_plan(test_case, lengths, metadata, num_splits, rows=16, fp8=False):
     """Walks the partitions as a kernel would and checks every documented property."""
-    overhead, least = planner.overhead_blocks(rows), planner.min_split_blocks(rows)
+    overhead, least = planner.overhead_blocks(rows, fp8), planner.min_split_blocks(rows)
     metadata, num_splits = np.asarray(metadata), np.asarray(num_splits)
     batch, parts = len(lengths), len(metadata)
     blocks = blocks_of(lengths)
@@ -111,12 +116,13 @@ class PlanTest(parameterized.TestCase):
         kind=st.sampled_from(KINDS),
         seed=st.integers(0, 2**32 - 1),
         rows=st.sampled_from((16, 64)),
+        fp8=st.booleans(),
     )
-    def test_properties(self, shape, kind, seed, rows):
+    def test_properties(self, shape, kind, seed, rows, fp8):
         batch, num_sms = shape
         lengths = draw_lengths(np.random.default_rng(seed), batch, kind)
-        results = plan(jnp.asarray(lengths, jnp.int32), rows, num_sms=num_sms)
-        check_plan(self, lengths, *results, rows)
+        results = plan(jnp.asarray(lengths, jnp.int32), rows, num_sms=num_sms, fp8=fp8)
+        check_plan(self, lengths, *results, rows, fp8)
 
     @settings(max_examples=100, deadline=None)
     @given(st.lists(st.integers(0, 3000), min_size=5, max_size=5), st.sampled_from((3, 8, 20)))
@@ -144,7 +150,13 @@ class PlanTest(parameterized.TestCase):
         self.assertLess(num_splits[-1], batch + len(metadata))
 
     @parameterized.parameters(
-        (1, 64, 64), (1, 64, 32, 64), (8, 64, 16), (32, 64, 4), (64, 65, 2), (128, 64, 1)
+        (1, 64, 64),
+        (1, 64, 32, 64),
+        (8, 64, 16),
+        (32, 64, 4),
+        (64, 65, 2),
+        (64, 128, 2),
+        (128, 64, 1),
     )
     def test_equal_lengths_get_equal_pieces(self, batch, blocks, pieces, rows=16):
         metadata, num_splits = plan(jnp.full(batch, 64 * blocks, jnp.int32), rows)

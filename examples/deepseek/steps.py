@@ -251,7 +251,10 @@ def make_decode(config: Config, mesh, attend, implementation=None):
     def decode(params, caches, tokens, block_table, cache_seqlens):
         heads = config.num_attention_heads // mesh.shape["model"]
         # Once for all layers; for this device's heads, since it runs inside the shard_map.
-        metadata = get_mla_metadata(cache_seqlens, heads, 1, implementation=implementation)
+        fp8 = jax.tree.leaves(caches)[0].dtype == FP8_BLOCK.dtype
+        metadata = get_mla_metadata(
+            cache_seqlens, heads, 1, is_fp8_kvcache=fp8, implementation=implementation
+        )
         model = bind(config, params, "model")
         step = Step(block_table, cache_seqlens, metadata)
         attention = functools.partial(attend, implementation=implementation)
